@@ -1,0 +1,267 @@
+package image
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+
+	"chrysalis/image/toolsroot"
+)
+
+// Builder makes artefacts from a source tree. Nothing but the source tree, the
+// packages that its lock names and the Go toolchain has a say in them.
+type Builder struct {
+	Source   string   // top of the source tree
+	Mirrors  []string // tried in turn: addresses, or directories laid out like a mirror
+	Out      string   // folder for the artefacts
+	Progress Progress
+	lock     *Lock
+	tools    *toolsroot.Root
+}
+
+// prepare reads the lock and opens or makes the tools root.
+func (b *Builder) prepare(ctx context.Context) (err error) {
+	if b.tools != nil {
+		return nil
+	}
+	if b.Source, err = filepath.Abs(b.Source); err != nil {
+		return err
+	}
+	if b.Out, err = filepath.Abs(b.Out); err != nil {
+		return err
+	}
+	if b.lock, err = ReadLock(b.Source); err != nil {
+		return err
+	}
+	if b.tools, err = MakeTools(ctx, b.lock, b.Mirrors, b.Progress); err != nil {
+		return err
+	}
+	if err := os.MkdirAll(b.Out, 0o755); err != nil {
+		return fmt.Errorf("make the output folder: %w", err)
+	}
+	return nil
+}
+
+// Tools returns the tools root, and makes it when it is not there.
+func (b *Builder) Tools(ctx context.Context) (*toolsroot.Root, error) {
+	if err := b.prepare(ctx); err != nil {
+		return nil, err
+	}
+	return b.tools, nil
+}
+
+// imageFiles are what mkosi reads for the guest image, below the source tree.
+var imageFiles = []string{
+	"mkosi.conf", "mkosi.conf.d", "mkosi.profiles", "mkosi.skeleton",
+	"mkosi.postinst", "mkosi.finalize", "image/modules.list",
+}
+
+// UKI builds the guest image. Profile is "" for the image that is published, or
+// the name of one under mkosi.profiles; each has a name and so measurements of
+// its own. It returns the artefact's path.
+func (b *Builder) UKI(ctx context.Context, profile string) (string, error) {
+	if err := b.prepare(ctx); err != nil {
+		return "", err
+	}
+	name, args, tags := "chrysalis", []string{}, ""
+	if profile != "" {
+		if _, err := os.Stat(filepath.Join(b.Source, "mkosi.profiles", profile)); err != nil {
+			return "", fmt.Errorf("there is no profile %q under mkosi.profiles", profile)
+		}
+		name, args, tags = "chrysalis-"+profile, []string{"--profile=" + profile}, profile
+	}
+	stage, err := b.stage(ctx, "image", b.Source, imageFiles)
+	if err != nil {
+		return "", err
+	}
+	defer removeTree(stage)
+	b.Progress("build the agent", 0, 0)
+	if err := BuildAgent(ctx, b.Source, filepath.Join(stage, "agent", "init"), tags); err != nil {
+		return "", err
+	}
+	b.Progress("build "+name+".efi", 0, 0)
+	return b.mkosi(ctx, "image", stage, name+".efi", args)
+}
+
+// Engine builds the disk of the engine whose mkosi configuration is in
+// image/engines/NAME.
+func (b *Builder) Engine(ctx context.Context, name string) (string, error) {
+	if err := b.prepare(ctx); err != nil {
+		return "", err
+	}
+	dir := filepath.Join(b.Source, "image", "engines", name)
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return "", fmt.Errorf("there is no engine %q under image/engines", name)
+	}
+	var files []string
+	for _, e := range entries {
+		files = append(files, e.Name())
+	}
+	tree := "engine/" + name
+	stage, err := b.stage(ctx, tree, dir, files)
+	if err != nil {
+		return "", err
+	}
+	defer removeTree(stage)
+	b.Progress("build "+name+".disk", 0, 0)
+	return b.mkosi(ctx, tree, stage, name+".disk", nil)
+}
+
+// stage lays out a folder that holds all that one mkosi run may read: copies of
+// files below a folder and, under packages/, a locked tree's packages.
+func (b *Builder) stage(ctx context.Context, treeName, from string, files []string) (string, error) {
+	tree, err := b.lock.Tree(treeName)
+	if err != nil {
+		return "", err
+	}
+	packages, err := Fetch(ctx, tree, b.Mirrors, b.Progress)
+	if err != nil {
+		return "", err
+	}
+	cache, err := toolsroot.CacheDir()
+	if err != nil {
+		return "", err
+	}
+	stage, err := os.MkdirTemp(cache, "build-")
+	if err != nil {
+		return "", fmt.Errorf("make a build folder: %w", err)
+	}
+	for _, name := range files {
+		if err := copyTree(filepath.Join(from, name), filepath.Join(stage, name)); err != nil {
+			removeTree(stage)
+			return "", fmt.Errorf("copy %s: %w", name, err)
+		}
+	}
+	for i, p := range tree.Packages {
+		if err := copyTree(packages[i], filepath.Join(stage, "packages", p.Name+".deb")); err != nil {
+			removeTree(stage)
+			return "", fmt.Errorf("copy package %s: %w", p.Name, err)
+		}
+	}
+	return stage, nil
+}
+
+// mkosi runs mkosi on a staged folder, without a network, and moves the one
+// artefact that it makes to the output folder, where it appears when it is whole.
+func (b *Builder) mkosi(ctx context.Context, treeName, stage, artefact string, args []string) (string, error) {
+	tree, err := b.lock.Tree(treeName)
+	if err != nil {
+		return "", err
+	}
+	const inside = "/build"
+	cmd := b.tools.Cmd(ctx, toolsroot.Command{
+		Args: append(append([]string{"mkosi"}, args...),
+			"--force",
+			fmt.Sprintf("--source-date-epoch=%d", tree.Epoch().Unix()),
+			"--output-directory="+inside+"/out",
+			"--workspace-directory=/var/tmp", "--package-cache-dir=/var/tmp/packages",
+			"build"),
+		Dir:     inside,
+		Bind:    []toolsroot.Bind{{Host: stage, Inside: inside, Writable: true}},
+		Devices: true,
+		Offline: true,
+	})
+	if err := os.MkdirAll(filepath.Join(stage, "out"), 0o755); err != nil {
+		return "", err
+	}
+	var output bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &output, &output
+	if err := cmd.Run(); err != nil {
+		return "", fmt.Errorf("mkosi: %w\n%s", err, lastLines(output.String(), 30))
+	}
+	built, err := filepath.Glob(filepath.Join(stage, "out", "*"))
+	if err != nil {
+		return "", err
+	}
+	var made string
+	for _, path := range built {
+		if ext := filepath.Ext(path); ext == ".efi" || ext == ".raw" {
+			made = path
+		}
+	}
+	if made == "" {
+		return "", fmt.Errorf("mkosi made no artefact:\n%s", lastLines(output.String(), 30))
+	}
+	path := filepath.Join(b.Out, artefact)
+	if err := replaceFile(made, path); err != nil {
+		return "", fmt.Errorf("put %s in place: %w", artefact, err)
+	}
+	return path, nil
+}
+
+// BuildAgent compiles PID 1, static and without a trace of where it was built.
+func BuildAgent(ctx context.Context, source, out, tags string) error {
+	if err := os.MkdirAll(filepath.Dir(out), 0o755); err != nil {
+		return err
+	}
+	cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-buildvcs=false",
+		"-tags="+tags, "-ldflags=-s -w -buildid=", "-o", out, "./agent")
+	cmd.Dir = source
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux", "GOARCH=amd64", "GOAMD64=v1", "GOFLAGS=-mod=readonly", "GOTOOLCHAIN=local", "GOEXPERIMENT=")
+	if output, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("build the agent: %w\n%s", err, lastLines(string(output), 20))
+	}
+	return nil
+}
+
+// copyTree copies a file or a folder with modes that do not depend on who
+// checked it out: 0755 for folders and programs, 0644 for the rest.
+func copyTree(from, to string) error {
+	return filepath.WalkDir(from, func(path string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		rel, err := filepath.Rel(from, path)
+		if err != nil {
+			return err
+		}
+		target := filepath.Join(to, rel)
+		if d.IsDir() {
+			return os.MkdirAll(target, 0o755)
+		}
+		info, err := d.Info()
+		if err != nil {
+			return err
+		}
+		mode := fs.FileMode(0o644)
+		if info.Mode()&0o100 != 0 {
+			mode = 0o755
+		}
+		if err := os.MkdirAll(filepath.Dir(target), 0o755); err != nil {
+			return err
+		}
+		data, err := os.ReadFile(path)
+		if err != nil {
+			return err
+		}
+		if err := os.WriteFile(target, data, mode); err != nil {
+			return err
+		}
+		return os.Chmod(target, mode)
+	})
+}
+
+// ToolVersions runs the tools that decide what is built and launched and returns
+// their first line of output each, by name.
+func ToolVersions(ctx context.Context, root *toolsroot.Root) (map[string]string, error) {
+	versions := map[string]string{}
+	for name, args := range map[string][]string{
+		"mkosi": {"mkosi", "--version"}, "ukify": {"/usr/lib/systemd/ukify", "--version"},
+		"qemu": {"qemu-system-x86_64", "--version"}, "swtpm": {"swtpm", "--version"},
+		"vhost-device-vsock": {"vhost-device-vsock", "--version"}, "mkfs.erofs": {"mkfs.erofs", "--version"},
+		"veritysetup": {"veritysetup", "--version"},
+	} {
+		out, err := root.Cmd(ctx, toolsroot.Command{Args: args, Offline: true}).CombinedOutput()
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w: %s", name, err, lastLines(string(out), 3))
+		}
+		versions[name], _, _ = strings.Cut(strings.TrimSpace(string(out)), "\n")
+	}
+	return versions, nil
+}

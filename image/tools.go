@@ -1,0 +1,139 @@
+package image
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+
+	"chrysalis/image/toolsroot"
+)
+
+// toolsRecipe changes whenever the way in which a tools root is made does, so
+// that an old one in the cache is not taken for a new one.
+const toolsRecipe = "tools/1"
+
+// OpenTools returns the tools root that the lock names, which must have been
+// made before.
+func OpenTools(lock *Lock) (*toolsroot.Root, error) {
+	dir, err := toolsDir(lock)
+	if err != nil {
+		return nil, err
+	}
+	return toolsroot.Open(dir)
+}
+
+func toolsDir(lock *Lock) (string, error) {
+	tree, err := lock.Tree("tools")
+	if err != nil {
+		return "", err
+	}
+	return toolsroot.Path(tree.Key(toolsRecipe))
+}
+
+// MakeTools returns the tools root that the lock names and makes it when it is
+// not there: it fetches the packages and lets mmdebstrap unpack and configure
+// them from a local folder, without any network.
+func MakeTools(ctx context.Context, lock *Lock, mirrors []string, progress Progress) (*toolsroot.Root, error) {
+	dir, err := toolsDir(lock)
+	if err != nil {
+		return nil, err
+	}
+	if root, err := toolsroot.Open(dir); err == nil {
+		return root, nil
+	}
+	unlock, err := lockFile(dir + ".lock")
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
+	if root, err := toolsroot.Open(dir); err == nil {
+		return root, nil // somebody else made it while we waited
+	}
+
+	tree, err := lock.Tree("tools")
+	if err != nil {
+		return nil, err
+	}
+	paths, err := Fetch(ctx, tree, mirrors, progress)
+	if err != nil {
+		return nil, err
+	}
+	repo, err := os.MkdirTemp("", "chrysalis-repo-")
+	if err != nil {
+		return nil, err
+	}
+	defer os.RemoveAll(repo)
+	if err := writeRepository(ctx, repo, tree, paths); err != nil {
+		return nil, fmt.Errorf("make a local repository of the tools: %w", err)
+	}
+
+	progress("unpack tools", 0, 0)
+	half := dir + ".new"
+	if err := removeTree(half); err != nil {
+		return nil, err
+	}
+	names := make([]string, len(tree.Packages))
+	for i, p := range tree.Packages {
+		names[i] = p.Name
+	}
+	cmd := exec.CommandContext(ctx, "mmdebstrap",
+		"--variant=apt", "--architectures=amd64", "--skip=check/qemu",
+		"--include="+strings.Join(names, ","),
+		"--aptopt=APT::Install-Recommends \"false\"",
+		"--aptopt=Acquire::Languages \"none\"",
+		"--dpkgopt=path-exclude=/usr/share/doc/*",
+		"--dpkgopt=path-exclude=/usr/share/man/*",
+		"--dpkgopt=path-exclude=/usr/share/locale/*",
+		"--dpkgopt=force-unsafe-io",
+		tree.Suites[0].Name, half,
+		"deb [trusted=yes] copy://"+repo+" ./")
+	cmd.Env = append(os.Environ(), fmt.Sprintf("SOURCE_DATE_EPOCH=%d", tree.Epoch().Unix()), "LC_ALL=C.UTF-8")
+	var output bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &output, &output
+	if err := cmd.Run(); err != nil {
+		return nil, fmt.Errorf("mmdebstrap: %w\n%s", err, lastLines(output.String(), 20))
+	}
+	if err := toolsroot.Seal(half); err != nil {
+		return nil, err
+	}
+	if err := os.Rename(half, dir); err != nil {
+		return nil, fmt.Errorf("put the tools root in place: %w", err)
+	}
+	return toolsroot.Open(dir)
+}
+
+// writeRepository lays out a flat Debian repository of hash-checked packages.
+func writeRepository(ctx context.Context, dir string, tree *Tree, paths []string) error {
+	stanzas := make([]string, len(paths))
+	errs := make([]error, len(paths))
+	var group sync.WaitGroup
+	slots := make(chan struct{}, 4)
+	for i, p := range tree.Packages {
+		slots <- struct{}{}
+		group.Go(func() {
+			defer func() { <-slots }()
+			name := p.SHA256[:16] + ".deb"
+			if errs[i] = os.Symlink(paths[i], filepath.Join(dir, name)); errs[i] != nil {
+				return
+			}
+			control, err := exec.CommandContext(ctx, "dpkg-deb", "-f", paths[i]).Output()
+			if err != nil {
+				errs[i] = fmt.Errorf("package %s: %w", p.Name, err)
+				return
+			}
+			stanzas[i] = fmt.Sprintf("%s\nFilename: ./%s\nSize: %d\nSHA256: %s\n", strings.TrimSpace(string(control)), name, p.Size, p.SHA256)
+		})
+	}
+	group.Wait()
+	for _, err := range errs {
+		if err != nil {
+			return err
+		}
+	}
+	return os.WriteFile(filepath.Join(dir, "Packages"), []byte(strings.Join(stanzas, "\n")), 0o644)
+}

@@ -1,0 +1,51 @@
+package image
+
+// A source says what a locked tree is resolved from.
+type source struct {
+	tree     string
+	suites   []string // in apt's order
+	packages []string // what is asked for; apt patterns and NAME=VERSION work
+	closure  bool     // with everything they depend on
+}
+
+// Kernel is the release of the guest's kernel, as its packages are named.
+// INTEL_TDX_GUEST=y, TSM_MEASUREMENTS=y (RTMR extension through sysfs needs
+// Linux 6.16 or later; Debian's 6.12 lacks it).
+const Kernel = "7.3.4+deb13-cloud-amd64"
+
+// sources is all that image.lock is made from.
+var sources = []source{
+	{
+		// llama-server and exactly the libraries that it loads; the engine disk has
+		// nothing else, so dependencies that only maintainer scripts need stay out.
+		tree:   "engine/llama.cpp",
+		suites: []string{"sid"},
+		packages: []string{
+			"llama.cpp-tools", "libllama0", "libggml0", "libc6", "libstdc++6",
+			"libgcc-s1", "libgomp1", "libssl3t64", "zlib1g", "libzstd1",
+		},
+	},
+	{
+		// The UKI: the kernel's image and modules, and systemd-stub 257. Newer stubs
+		// write secrets to the ESP, append a console and measure SMBIOS tables that
+		// differ from machine to machine.
+		tree:   "image",
+		suites: []string{"trixie", "trixie-backports"},
+		packages: []string{
+			"linux-binary-" + Kernel, "linux-modules-" + Kernel, "systemd-boot-efi",
+		},
+	},
+	{
+		// Everything that runs at build time or beside the VM.
+		tree:   "tools",
+		suites: []string{"sid"},
+		packages: []string{
+			"?essential", "apt",
+			"mkosi", "systemd-ukify", "systemd-repart", "kmod", "cpio", "zstd", "xz-utils",
+			"erofs-utils", "cryptsetup-bin", "jq",
+			"qemu-system-x86", "ovmf-generic", "ovmf-inteltdx",
+			"swtpm", "swtpm-tools", "vhost-device-vsock",
+		},
+		closure: true,
+	},
+}

@@ -1,0 +1,277 @@
+// Package manifest reads and writes the only configuration that a Chrysalis VM
+// takes: one canonical JSON document (RFC 8785) that names the engine disk, the
+// model disks, typed engine parameters and the service limits.
+//
+// The host writes it, so it is hostile input to the guest. What a client trusts
+// is its hash, which is part of the evidence; therefore one meaning has exactly
+// one encoding, and everything else is refused.
+package manifest
+
+import (
+	"bytes"
+	"crypto/sha512"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"regexp"
+	"slices"
+	"strings"
+)
+
+// MaxSize is the largest manifest, in bytes.
+const MaxSize = 64 << 10
+
+// Version is the version that this package reads and writes.
+const Version = 1
+
+// Manifest is the configuration of one VM. Every field is required.
+type Manifest struct {
+	Version    int              `json:"version"`
+	Engine     Disk             `json:"engine"`
+	Models     []Model          `json:"models"`     // 1 to 16, in the order in which they are served; names are unique
+	GPUs       int              `json:"gpus"`       // GPUs that must be bound, 0 to 8
+	Parameters map[string]int64 `json:"parameters"` // of the engine; names, bounds and defaults come from its profile
+	Limits     Limits           `json:"limits"`
+}
+
+// Disk identifies a dm-verity disk (sha256, 4 KiB data and hash blocks, hash
+// format 1). It fixes everything that decides what the guest reads; where the
+// partitions lie is read from the disk itself.
+type Disk struct {
+	RootHash   string `json:"root_hash"`   // 64 lower-case hexadecimal digits
+	Salt       string `json:"salt"`        // lower-case hexadecimal, 0 to 256 bytes
+	DataBlocks int64  `json:"data_blocks"` // 4 KiB blocks of file system, 1 to 2^31
+}
+
+// Model is a model disk and the name that clients use for it.
+type Model struct {
+	Name     string `json:"name"`     // ORG/NAME
+	Revision string `json:"revision"` // as the publisher names it
+	Disk     Disk   `json:"disk"`
+}
+
+// ID returns NAME@REVISION.
+func (m Model) ID() string { return m.Name + "@" + m.Revision }
+
+// Limits bound what clients can ask of the VM.
+type Limits struct {
+	BodyBytes    int64 `json:"body_bytes"`    // a request's body, 1 KiB to 16 MiB
+	Concurrency  int   `json:"concurrency"`   // requests at a time, 1 to 1024
+	IdleSeconds  int   `json:"idle_seconds"`  // without a byte in either direction, 1 to 3600
+	TotalSeconds int   `json:"total_seconds"` // for one request, 1 to 86400
+}
+
+// DefaultLimits are what the launcher writes unless told otherwise.
+var DefaultLimits = Limits{BodyBytes: 16 << 20, Concurrency: 8, IdleSeconds: 120, TotalSeconds: 900}
+
+var (
+	nameRE      = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,63}/[A-Za-z0-9][A-Za-z0-9._-]{0,63}$`)
+	revisionRE  = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$`)
+	parameterRE = regexp.MustCompile(`^[a-z][a-z0-9_]{0,31}$`)
+	rootHashRE  = regexp.MustCompile(`^[0-9a-f]{64}$`)
+	saltRE      = regexp.MustCompile(`^(?:[0-9a-f]{2}){0,256}$`)
+)
+
+// maxInteger is the largest integer that RFC 8785 can carry exactly (2^53 - 1).
+const maxInteger = 1<<53 - 1
+
+// Validate reports the first value that is out of bounds.
+func (m *Manifest) Validate() error {
+	if m.Version != Version {
+		return fmt.Errorf("manifest: version is %d, this program reads version %d", m.Version, Version)
+	}
+	if err := m.Engine.validate("engine"); err != nil {
+		return err
+	}
+	if len(m.Models) < 1 || len(m.Models) > 16 {
+		return fmt.Errorf("manifest: models: there are %d, expected 1 to 16", len(m.Models))
+	}
+	for i, model := range m.Models {
+		where := fmt.Sprintf("models[%d]", i)
+		if !nameRE.MatchString(model.Name) {
+			return fmt.Errorf("manifest: %s.name: %q is not ORG/NAME of letters, digits, '.', '_' and '-'", where, model.Name)
+		}
+		if !revisionRE.MatchString(model.Revision) {
+			return fmt.Errorf("manifest: %s.revision: %q is not 1 to 64 letters, digits, '.', '_' and '-'", where, model.Revision)
+		}
+		for _, earlier := range m.Models[:i] {
+			if earlier.Name == model.Name {
+				return fmt.Errorf("manifest: %s.name: %q is there twice", where, model.Name)
+			}
+		}
+		if err := model.Disk.validate(where + ".disk"); err != nil {
+			return err
+		}
+	}
+	if err := inRange("gpus", int64(m.GPUs), 0, 8); err != nil {
+		return err
+	}
+	if m.Parameters == nil {
+		return errors.New("manifest: parameters: missing; an engine without parameters has {}")
+	}
+	if len(m.Parameters) > 64 {
+		return fmt.Errorf("manifest: parameters: there are %d, at most 64 are allowed", len(m.Parameters))
+	}
+	for name, value := range m.Parameters {
+		if !parameterRE.MatchString(name) {
+			return fmt.Errorf("manifest: parameters: %q is not a parameter's name", name)
+		}
+		if err := inRange("parameters."+name, value, -maxInteger, maxInteger); err != nil {
+			return err
+		}
+	}
+	return errors.Join(
+		inRange("limits.body_bytes", m.Limits.BodyBytes, 1<<10, 16<<20),
+		inRange("limits.concurrency", int64(m.Limits.Concurrency), 1, 1024),
+		inRange("limits.idle_seconds", int64(m.Limits.IdleSeconds), 1, 3600),
+		inRange("limits.total_seconds", int64(m.Limits.TotalSeconds), 1, 86400),
+	)
+}
+
+func (d Disk) validate(where string) error {
+	if !rootHashRE.MatchString(d.RootHash) {
+		return fmt.Errorf("manifest: %s.root_hash: %.80q is not 64 lower-case hexadecimal digits", where, d.RootHash)
+	}
+	if !saltRE.MatchString(d.Salt) {
+		return fmt.Errorf("manifest: %s.salt: not 0 to 256 bytes in lower-case hexadecimal", where)
+	}
+	return inRange(where+".data_blocks", d.DataBlocks, 1, 1<<31)
+}
+
+func inRange(where string, value, low, high int64) error {
+	if value < low || value > high {
+		return fmt.Errorf("manifest: %s: %d is out of bounds, expected %d to %d", where, value, low, high)
+	}
+	return nil
+}
+
+// Encode returns the canonical encoding of a valid manifest: RFC 8785, that is
+// no white space, keys in order, no final newline.
+func (m *Manifest) Encode() ([]byte, error) {
+	if err := m.Validate(); err != nil {
+		return nil, err
+	}
+	plain, err := json.Marshal(m)
+	if err != nil {
+		return nil, fmt.Errorf("manifest: encode: %w", err)
+	}
+	// Validated strings are plain ASCII without characters that JSON escapes, and
+	// all numbers are integers below 2^53; so a pass through a map, whose keys
+	// encoding/json sorts by bytes, is all that RFC 8785 section 3.2 asks for.
+	var tree any
+	dec := json.NewDecoder(bytes.NewReader(plain))
+	dec.UseNumber()
+	if err := dec.Decode(&tree); err != nil {
+		return nil, fmt.Errorf("manifest: encode: %w", err)
+	}
+	out, err := json.Marshal(tree)
+	if err != nil {
+		return nil, fmt.Errorf("manifest: encode: %w", err)
+	}
+	if len(out) > MaxSize {
+		return nil, fmt.Errorf("manifest: %d bytes, at most %d are allowed", len(out), MaxSize)
+	}
+	return out, nil
+}
+
+// Parse reads a manifest. It refuses anything but the canonical encoding of a
+// valid manifest, and names what is wrong: unknown, missing or repeated fields,
+// white space, another number format, a value out of bounds.
+func Parse(data []byte) (*Manifest, error) {
+	if len(data) > MaxSize {
+		return nil, fmt.Errorf("manifest: %d bytes, at most %d are allowed", len(data), MaxSize)
+	}
+	if err := checkKeys(data); err != nil {
+		return nil, err
+	}
+	var m Manifest
+	dec := json.NewDecoder(bytes.NewReader(data))
+	dec.DisallowUnknownFields()
+	if err := dec.Decode(&m); err != nil {
+		return nil, fmt.Errorf("manifest: %w", err)
+	}
+	canonical, err := m.Encode()
+	if err != nil {
+		return nil, err
+	}
+	if !bytes.Equal(canonical, data) {
+		at := 0
+		for at < len(canonical) && at < len(data) && canonical[at] == data[at] {
+			at++
+		}
+		return nil, fmt.Errorf("manifest: not canonical JSON (RFC 8785): differs at byte %d", at)
+	}
+	return &m, nil
+}
+
+// checkKeys refuses an object that has one key twice: encoding/json would let
+// the last one win, where another reader lets the first one.
+func checkKeys(data []byte) error {
+	dec := json.NewDecoder(bytes.NewReader(data))
+	dec.UseNumber()
+	type level struct {
+		object bool
+		key    bool // the next token is a key
+		seen   []string
+	}
+	var stack []level
+	for {
+		token, err := dec.Token()
+		if err == io.EOF {
+			if len(stack) == 0 {
+				return nil
+			}
+			return fmt.Errorf("manifest: %w", io.ErrUnexpectedEOF)
+		}
+		if err != nil {
+			return fmt.Errorf("manifest: %w", err)
+		}
+		if top := len(stack) - 1; top >= 0 && stack[top].object && stack[top].key {
+			if key, ok := token.(string); ok {
+				if slices.Contains(stack[top].seen, key) {
+					return fmt.Errorf("manifest: field %q is there twice", key)
+				}
+				stack[top].seen = append(stack[top].seen, key)
+				stack[top].key = false
+				continue
+			}
+		}
+		switch token {
+		case json.Delim('{'):
+			stack = append(stack, level{object: true, key: true})
+			if len(stack) > 8 {
+				return errors.New("manifest: nested too deeply")
+			}
+			continue
+		case json.Delim('['):
+			stack = append(stack, level{})
+			if len(stack) > 8 {
+				return errors.New("manifest: nested too deeply")
+			}
+			continue
+		case json.Delim('}'), json.Delim(']'):
+			stack = stack[:len(stack)-1]
+		}
+		if top := len(stack) - 1; top >= 0 && stack[top].object {
+			stack[top].key = true
+		}
+	}
+}
+
+// SHA384 is the digest of an encoded manifest: what the agent extends into RTMR3
+// or PCR 15, and MRCONFIGID on TDX (48 bytes).
+func SHA384(encoded []byte) [48]byte { return sha512.Sum384(encoded) }
+
+// ParseID splits NAME@REVISION, where NAME is ORG/NAME.
+func ParseID(id string) (name, revision string, err error) {
+	name, revision, ok := strings.Cut(id, "@")
+	if !ok || !nameRE.MatchString(name) || !revisionRE.MatchString(revision) {
+		return "", "", fmt.Errorf("%q is not ORG/NAME@REVISION of letters, digits, '.', '_' and '-'", id)
+	}
+	return name, revision, nil
+}
+
+// SaltBytes returns the salt's bytes.
+func (d Disk) SaltBytes() ([]byte, error) { return hex.DecodeString(d.Salt) }
