@@ -63,7 +63,7 @@ func Fetch(ctx context.Context, tree *Tree, mirrors []string, progress Progress)
 
 func fetch(ctx context.Context, dir string, p Package, mirrors []string) (string, error) {
 	path := filepath.Join(dir, p.SHA256+".deb")
-	if sum, size, err := hashFile(path); err == nil {
+	if sum, size, err := HashFile(path); err == nil {
 		if sum == p.SHA256 && size == p.Size {
 			return path, nil
 		}
@@ -145,8 +145,8 @@ func openMirror(ctx context.Context, mirror, path string) (io.ReadCloser, error)
 	return resp.Body, nil
 }
 
-// hashFile returns a file's SHA-256 in hexadecimal and its size in bytes.
-func hashFile(path string) (string, int64, error) {
+// HashFile returns a file's SHA-256 in hexadecimal and its size in bytes.
+func HashFile(path string) (string, int64, error) {
 	f, err := os.Open(path)
 	if err != nil {
 		return "", 0, err

@@ -238,3 +238,20 @@ func Diff(before, after *Lock) []string {
 	}
 	return lines
 }
+
+// WriteLock writes the lock of the source tree at dir.
+func WriteLock(dir string, lock *Lock) error {
+	tmp, err := os.CreateTemp(dir, "."+LockName+"-*")
+	if err != nil {
+		return fmt.Errorf("write the lock: %w", err)
+	}
+	defer os.Remove(tmp.Name())
+	defer tmp.Close()
+	if _, err := tmp.Write(lock.Encode()); err != nil {
+		return fmt.Errorf("write the lock: %w", err)
+	}
+	if err := errors.Join(tmp.Chmod(0o644), tmp.Sync(), tmp.Close()); err != nil {
+		return fmt.Errorf("write the lock: %w", err)
+	}
+	return os.Rename(tmp.Name(), filepath.Join(dir, LockName))
+}

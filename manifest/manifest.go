@@ -10,14 +10,12 @@ package manifest
 import (
 	"bytes"
 	"crypto/sha512"
-	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"regexp"
 	"slices"
-	"strings"
 )
 
 // MaxSize is the largest manifest, in bytes.
@@ -263,15 +261,3 @@ func checkKeys(data []byte) error {
 // SHA384 is the digest of an encoded manifest: what the agent extends into RTMR3
 // or PCR 15, and MRCONFIGID on TDX (48 bytes).
 func SHA384(encoded []byte) [48]byte { return sha512.Sum384(encoded) }
-
-// ParseID splits NAME@REVISION, where NAME is ORG/NAME.
-func ParseID(id string) (name, revision string, err error) {
-	name, revision, ok := strings.Cut(id, "@")
-	if !ok || !nameRE.MatchString(name) || !revisionRE.MatchString(revision) {
-		return "", "", fmt.Errorf("%q is not ORG/NAME@REVISION of letters, digits, '.', '_' and '-'", id)
-	}
-	return name, revision, nil
-}
-
-// SaltBytes returns the salt's bytes.
-func (d Disk) SaltBytes() ([]byte, error) { return hex.DecodeString(d.Salt) }

@@ -15,6 +15,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"chrysalis/manifest"
 )
@@ -33,15 +34,15 @@ const (
 
 // Profile is how an engine is run.
 type Profile struct {
-	Version     int                  `json:"version"` // 1
-	Name        string               `json:"name"`
-	Argv        []Args               `json:"argv"`
-	Environment map[string]string    `json:"environment"` // the whole of it
-	Parameters  map[string]Parameter `json:"parameters"`
-	Models      Range                `json:"models"`        // how many models it serves at once
-	Health      string               `json:"health"`        // path that answers 200 once requests are taken
-	ReadySecond int                  `json:"ready_seconds"` // until then
-	Seccomp     []string             `json:"seccomp"`       // system calls beside the agent's own list
+	Version      int                  `json:"version"` // 1
+	Name         string               `json:"name"`
+	Argv         []Args               `json:"argv"`
+	Environment  map[string]string    `json:"environment"` // the whole of it
+	Parameters   map[string]Parameter `json:"parameters"`
+	Models       Range                `json:"models"`        // how many models it serves at once
+	Health       string               `json:"health"`        // path that answers 200 once requests are taken
+	ReadySeconds int                  `json:"ready_seconds"` // until then
+	Seccomp      []string             `json:"seccomp"`       // system calls beside the agent's own list
 }
 
 // Args are consecutive arguments. Each may be one placeholder, or hold several:
@@ -140,8 +141,8 @@ func Parse(data []byte) (*Profile, error) {
 	if !path.IsAbs(p.Health) {
 		return nil, fmt.Errorf("engine profile: the health path %q is not absolute", p.Health)
 	}
-	if p.ReadySecond < 1 || p.ReadySecond > 3600 {
-		return nil, fmt.Errorf("engine profile: ready_seconds is %d, expected 1 to 3600", p.ReadySecond)
+	if p.ReadySeconds < 1 || p.ReadySeconds > 3600 {
+		return nil, fmt.Errorf("engine profile: ready_seconds is %d, expected 1 to 3600", p.ReadySeconds)
 	}
 	if p.Models.Min < 0 || p.Models.Max < p.Models.Min {
 		return nil, fmt.Errorf("engine profile: models %d to %d is not a range", p.Models.Min, p.Models.Max)
@@ -196,3 +197,6 @@ func (p *Profile) Command(m *manifest.Manifest) (argv, env []string, err error) 
 	slices.Sort(env)
 	return argv, env, nil
 }
+
+// ReadyTime is how long the engine may take until it first answers.
+func (p *Profile) ReadyTime() time.Duration { return time.Duration(p.ReadySeconds) * time.Second }
