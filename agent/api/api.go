@@ -1,0 +1,374 @@
+// Package api is the door between clients and the engine: an OpenAI-compatible
+// HTTPS server that runs inside PID 1 of the VM and forwards what it has checked
+// to the engine's unix socket.
+//
+// TLS ends here, so whatever is outside the VM sees ciphertext only. Clients are
+// hostile to each other and to the agent; the engine is hostile once it has read
+// a prompt. Therefore:
+//
+//   - Paths, methods and fields are an allow-list (see routes.go). A request is
+//     encoded anew from what was understood of it; no header crosses in either
+//     direction.
+//   - All that a client can make the agent hold is bounded: connections, headers,
+//     bodies and the memory for all of them together, time, places in the engine.
+//   - Nothing of a prompt, an answer or a key is logged or counted.
+//
+// It speaks HTTP/1.1 only. HTTP/2 is left out on purpose: its multiplexing,
+// header compression and flow control are a large part of what has gone wrong in
+// HTTP servers, and here one request has a connection of its own anyway: hanging
+// up is how a client cancels it.
+package api
+
+import (
+	"context"
+	"crypto/tls"
+	"encoding/json"
+	"io"
+	"log"
+	"net"
+	"net/http"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"chrysalis/agent/port"
+	"chrysalis/manifest"
+)
+
+// Limits that are not the manifest's to set.
+const (
+	maxHeader        = 16 << 10         // bytes
+	handshakeLimit   = 10 * time.Second // for a handshake, and for each request's header
+	keepAliveLimit   = 60 * time.Second // between requests
+	spareConnections = 128              // past those that can be in the engine: idle ones and ones to refuse
+	lingerLimit      = 2 * time.Second  // for reading on after a refusal, so that it is not lost in a reset
+	defaultMemory    = 64 << 20         // bytes
+)
+
+// Config says what a Server serves and to whom it forwards.
+type Config struct {
+	Models []manifest.Model
+	Limits manifest.Limits
+	// Certificate holds the TLS key made at boot.
+	Certificate tls.Certificate
+	// Engine dials the engine's socket.
+	Engine func(context.Context) (net.Conn, error)
+	// Ready reports whether the engine answers.
+	Ready func() bool
+	// FirstClient is called once, before a byte of the first client is read. May
+	// be nil.
+	FirstClient func()
+	// Counters are counted into. May be nil.
+	Counters *Counters
+	// BodyMemory bounds what all bodies that are being received, held or forwarded
+	// may take together, in bytes. 0 is 64 MiB; less than one body is one body.
+	BodyMemory int64
+}
+
+// Server is the inference port's server.
+type Server struct {
+	engine   *http.Transport
+	ready    func() bool
+	first    func()
+	counters *Counters
+	limits   manifest.Limits
+	idle     time.Duration
+	total    time.Duration
+	places   chan struct{}     // one for each request in the engine
+	names    map[string]string // what a client may call a model, and what the engine is told
+	models   []byte            // the answer to /v1/models
+	memory   atomic.Int64      // bytes left for bodies
+	draining atomic.Bool
+	http     *http.Server
+	tls      *tls.Config
+}
+
+// New returns a server. The configuration comes from a manifest that has been
+// validated.
+func New(c Config) *Server {
+	s := &Server{
+		ready:    c.Ready,
+		first:    c.FirstClient,
+		counters: c.Counters,
+		limits:   c.Limits,
+		idle:     time.Duration(c.Limits.IdleSeconds) * time.Second,
+		total:    time.Duration(c.Limits.TotalSeconds) * time.Second,
+		places:   make(chan struct{}, c.Limits.Concurrency),
+		names:    map[string]string{},
+		models:   modelList(c.Models),
+		tls: &tls.Config{
+			Certificates: []tls.Certificate{c.Certificate},
+			MinVersion:   tls.VersionTLS13,
+			// A ticket would let a later connection go on without the key that a
+			// client has verified.
+			SessionTicketsDisabled: true,
+			NextProtos:             []string{"http/1.1"},
+		},
+	}
+	if s.counters == nil {
+		s.counters = new(Counters)
+	}
+	for _, m := range c.Models {
+		s.names[m.Name] = m.Name
+		s.names[m.ID()] = m.Name
+	}
+	memory := c.BodyMemory
+	if memory == 0 {
+		memory = defaultMemory
+	}
+	s.memory.Store(max(memory, c.Limits.BodyBytes+1))
+	s.engine = engineTransport(c.Engine)
+	protocols := new(http.Protocols)
+	protocols.SetHTTP1(true)
+	s.http = &http.Server{
+		Handler:           s,
+		ReadHeaderTimeout: handshakeLimit, // net/http takes it for the handshake as well
+		IdleTimeout:       keepAliveLimit,
+		MaxHeaderBytes:    maxHeader - 4096, // net/http adds 4096 of its own
+		Protocols:         protocols,
+		ErrorLog:          log.New(io.Discard, "", 0), // it would name peers and print panics
+		// "OPTIONS *" is a path like any other that is not in the table.
+		DisableGeneralOptionsHandler: true,
+	}
+	return s
+}
+
+// Serve serves a raw vsock listener, with TLS on top, until Shutdown or Close. It
+// always returns an error; after those it is http.ErrServerClosed.
+func (s *Server) Serve(ln net.Listener) error {
+	var once sync.Once
+	bound := port.Bound(ln, cap(s.places)+spareConnections, func() {
+		s.counters.Connections.Add(1)
+		if s.first != nil {
+			once.Do(s.first)
+		}
+	})
+	return s.http.Serve(tls.NewListener(bound, s.tls))
+}
+
+// Drain admits no new requests from now on. Those that are in the engine go on;
+// Active says how many there are.
+func (s *Server) Drain() {
+	s.draining.Store(true)
+	s.http.SetKeepAlivesEnabled(false)
+}
+
+// Active is the number of requests that hold a place in the engine.
+func (s *Server) Active() int64 { return int64(len(s.places)) }
+
+// Shutdown drains, and waits until the last answer has been written or ctx is
+// done. Active falls to 0 a moment before the last bytes are out.
+func (s *Server) Shutdown(ctx context.Context) error {
+	s.Drain()
+	return s.http.Shutdown(ctx)
+}
+
+// Close ends the server and all its connections; what is in the engine is
+// cancelled.
+func (s *Server) Close() error { return s.http.Close() }
+
+// modelList is the answer to GET /v1/models, with two fields more than OpenAI's.
+func modelList(models []manifest.Model) []byte {
+	type entry struct {
+		ID       string `json:"id"`
+		Object   string `json:"object"`
+		Created  int64  `json:"created"` // clients insist on it; the VM's clock is the host's
+		OwnedBy  string `json:"owned_by"`
+		Revision string `json:"revision"`
+		RootHash string `json:"root_hash"`
+	}
+	list := struct {
+		Object string  `json:"object"`
+		Data   []entry `json:"data"`
+	}{Object: "list", Data: []entry{}}
+	for _, m := range models {
+		org, _, _ := strings.Cut(m.Name, "/")
+		list.Data = append(list.Data, entry{m.Name, "model", 0, org, m.Revision, m.Disk.RootHash})
+	}
+	body, err := json.Marshal(list)
+	if err != nil {
+		panic(err) // a struct of strings always encodes
+	}
+	return body
+}
+
+// exchange is one request and its answer.
+type exchange struct {
+	s         *Server
+	w         http.ResponseWriter
+	r         *http.Request
+	rc        *http.ResponseController
+	end       time.Time // of the time limit for the whole request
+	reserved  int64     // bytes taken from the memory for bodies
+	bodyRead  bool
+	started   bool // the answer's header is out
+	streaming bool // and it is a stream of events
+}
+
+// ServeHTTP implements http.Handler.
+func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	x := &exchange{s: s, w: w, r: r, rc: http.NewResponseController(w), end: time.Now().Add(s.total)}
+	x.bodyRead = r.ContentLength == 0
+	defer func() { s.memory.Add(x.reserved) }()
+	defer func() {
+		if p := recover(); p != nil {
+			if p == http.ErrAbortHandler {
+				panic(p) // net/http closes the connection and says nothing
+			}
+			s.counters.Panics.Add(1)
+			x.fail(errInternal)
+		}
+	}()
+	if err := s.handle(x); err != nil {
+		x.fail(err)
+	}
+}
+
+// handle is the way of every request, in order of what it costs to refuse it.
+func (s *Server) handle(x *exchange) error {
+	rt, err := find(x.w, x.r)
+	if err != nil {
+		return err
+	}
+	if rt.fields == nil {
+		if x.r.ContentLength != 0 {
+			return errNoBody
+		}
+		if s.draining.Load() {
+			return errDraining
+		}
+		return x.answer(http.StatusOK, s.models)
+	}
+	if err := s.checkHead(x.r); err != nil {
+		return err
+	}
+	if err := s.available(); err != nil {
+		return err
+	}
+	// There is no queue: who waits in one cannot tell this VM from a dead one, and
+	// would do better to ask another.
+	select {
+	case s.places <- struct{}{}:
+	default:
+		return errBusy
+	}
+	s.counters.Active.Add(1)
+	defer func() {
+		s.counters.Active.Add(-1)
+		<-s.places
+	}()
+	// Again, now that the place shows in Active: once Active is 0 after Drain,
+	// nobody comes in any more.
+	if err := s.available(); err != nil {
+		return err
+	}
+	body, readErr := x.readBody()
+	if readErr != nil {
+		return readErr
+	}
+	x.bodyRead = true
+	req, err := parse(rt, s.names, body)
+	if err != nil {
+		return err
+	}
+	s.counters.Requests.Add(1)
+	return x.forward(req)
+}
+
+// find looks a request up in the table. The path is compared as it was sent:
+// nothing is unescaped, cleaned or redirected.
+func find(w http.ResponseWriter, r *http.Request) (*route, *apiError) {
+	path, _, query := strings.Cut(r.RequestURI, "?")
+	for i := range routes {
+		rt := &routes[i]
+		switch {
+		case rt.path != path:
+		case rt.method != r.Method:
+			w.Header().Set("Allow", rt.method)
+			return nil, errMethod
+		case query:
+			return nil, errQuery
+		default:
+			return rt, nil
+		}
+	}
+	return nil, errPath
+}
+
+func (s *Server) available() *apiError {
+	switch {
+	case s.draining.Load():
+		return errDraining
+	case !s.ready():
+		return errNotReady
+	}
+	return nil
+}
+
+// reserve takes bytes from the memory set aside for bodies, if there are as many.
+func (x *exchange) reserve(bytes int64) bool {
+	if x.s.memory.Add(-bytes) < 0 {
+		x.s.memory.Add(bytes)
+		return false
+	}
+	x.reserved += bytes
+	return true
+}
+
+// answer writes a whole answer.
+func (x *exchange) answer(status int, body []byte) error {
+	x.w.Header().Set("Content-Length", strconv.Itoa(len(body)))
+	x.start(status, "application/json")
+	return x.write(body)
+}
+
+func (x *exchange) start(status int, contentType string) {
+	x.started = true
+	x.w.Header().Set("Content-Type", contentType)
+	x.w.Header().Set("Cache-Control", "no-store")
+	x.w.WriteHeader(status)
+}
+
+// write writes to the client and lets it go out at once. A client that takes
+// nothing for as long as the idle limit has gone.
+func (x *exchange) write(p []byte) error {
+	x.rc.SetWriteDeadline(time.Now().Add(x.s.idle))
+	if _, err := x.w.Write(p); err != nil {
+		return errGone
+	}
+	if err := x.rc.Flush(); err != nil {
+		return errGone
+	}
+	return nil
+}
+
+// fail ends an exchange with an error: as an HTTP status where the answer has not
+// begun, as an event where it is a stream, and by closing the connection.
+func (x *exchange) fail(err error) {
+	e, ok := err.(*apiError)
+	if !ok { // errGone
+		x.s.counters.Cancelled.Add(1)
+		panic(http.ErrAbortHandler)
+	}
+	x.s.counters.count(e)
+	if x.started {
+		if x.streaming {
+			x.write(append(append([]byte("data: "), e.body()...), "\n\n"...))
+		}
+		panic(http.ErrAbortHandler)
+	}
+	if !x.bodyRead {
+		// Without this net/http reads up to 256 KiB of the body before it answers.
+		x.w.Header().Set("Connection", "close")
+		x.rc.SetReadDeadline(time.Now().Add(lingerLimit))
+	}
+	if e == errDraining {
+		x.w.Header().Set("Connection", "close")
+	}
+	if e.retry != "" {
+		x.w.Header().Set("Retry-After", e.retry)
+	}
+	x.answer(e.status, e.body()) // a client that has gone in the meantime misses nothing
+}

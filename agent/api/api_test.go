@@ -1,0 +1,1207 @@
+package api
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"math/big"
+	"net"
+	"net/http"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"chrysalis/guest"
+	"chrysalis/manifest"
+)
+
+var testModels = []manifest.Model{
+	{Name: "chrysalis/demo", Revision: "1", Disk: manifest.Disk{RootHash: strings.Repeat("ab", 32)}},
+	{Name: "other/model", Revision: "r2", Disk: manifest.Disk{RootHash: strings.Repeat("cd", 32)}},
+}
+
+const hello = `{"model":"chrysalis/demo","messages":[{"role":"user","content":"hello"}]}`
+const helloStream = `{"model":"chrysalis/demo","stream":true,"messages":[{"role":"user","content":"hello"}]}`
+
+// bench is a server between a client and a fake engine.
+type bench struct {
+	*Server
+	counters Counters
+	address  string
+	socket   string
+	client   *http.Client
+	ready    atomic.Bool
+	firsts   atomic.Int64
+	record   recorder
+}
+
+// recorder is a listener that remembers the longest write to its connections.
+type recorder struct {
+	net.Listener
+	longest, total atomic.Int64
+}
+
+type recordedConn struct {
+	net.Conn
+	r *recorder
+}
+
+func (r *recorder) Accept() (net.Conn, error) {
+	conn, err := r.Listener.Accept()
+	if err != nil {
+		return nil, err
+	}
+	return recordedConn{conn, r}, nil
+}
+
+func (c recordedConn) Write(p []byte) (int, error) {
+	for {
+		old := c.r.longest.Load()
+		if int64(len(p)) <= old || c.r.longest.CompareAndSwap(old, int64(len(p))) {
+			break
+		}
+	}
+	c.r.total.Add(int64(len(p)))
+	return c.Conn.Write(p)
+}
+
+var testCertificate = sync.OnceValue(func() tls.Certificate {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		panic(err)
+	}
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour)}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+	if err != nil {
+		panic(err)
+	}
+	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}
+})
+
+func clientTLS() *tls.Config {
+	return &tls.Config{InsecureSkipVerify: true} // what is verified is the evidence, elsewhere
+}
+
+func start(t testing.TB, engine http.HandlerFunc, change func(*Config), tweak func(*Server)) *bench {
+	t.Helper()
+	before := runtime.NumGoroutine()
+	b := &bench{socket: filepath.Join(t.TempDir(), "e")}
+	b.ready.Store(true)
+
+	var engineServer *http.Server
+	if engine != nil {
+		ln, err := net.Listen("unix", b.socket)
+		if err != nil {
+			t.Fatal(err)
+		}
+		engineServer = &http.Server{Handler: engine}
+		go engineServer.Serve(ln)
+	}
+
+	limits := manifest.DefaultLimits
+	limits.BodyBytes = 1 << 20
+	config := Config{
+		Models:      testModels,
+		Limits:      limits,
+		Certificate: testCertificate(),
+		Engine: func(ctx context.Context) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, "unix", b.socket)
+		},
+		Ready:       b.ready.Load,
+		FirstClient: func() { b.firsts.Add(1) },
+		Counters:    &b.counters,
+	}
+	if change != nil {
+		change(&config)
+	}
+	b.Server = New(config)
+	if tweak != nil {
+		tweak(b.Server)
+	}
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.address = ln.Addr().String()
+	b.record.Listener = ln
+	served := make(chan error, 1)
+	go func() { served <- b.Serve(&b.record) }()
+	transport := &http.Transport{TLSClientConfig: clientTLS()}
+	b.client = &http.Client{Transport: transport}
+
+	t.Cleanup(func() {
+		transport.CloseIdleConnections()
+		b.Close()
+		if err := <-served; err != http.ErrServerClosed {
+			t.Errorf("Serve returned %v", err)
+		}
+		if engineServer != nil {
+			engineServer.Close()
+		}
+		if n := b.Active(); n != 0 {
+			eventually(t, "no place is held", func() bool { return b.Active() == 0 })
+		}
+		if b.record.longest.Load() > guest.MaxChunk {
+			t.Errorf("a write of %d bytes, at most %d may be", b.record.longest.Load(), guest.MaxChunk)
+		}
+		eventually(t, "no goroutine is left", func() bool { return runtime.NumGoroutine() <= before })
+	})
+	return b
+}
+
+func eventually(t testing.TB, what string, ok func() bool) {
+	t.Helper()
+	for end := time.Now().Add(5 * time.Second); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
+		if ok() {
+			return
+		}
+	}
+	stacks := make([]byte, 64<<10)
+	t.Errorf("not within 5 s: %s\n%s", what, stacks[:runtime.Stack(stacks, true)])
+}
+
+func (b *bench) request(t testing.TB, method, path, body string) *http.Request {
+	t.Helper()
+	var r io.Reader
+	if body != "" {
+		r = strings.NewReader(body)
+	}
+	req, err := http.NewRequest(method, "https://"+b.address+path, r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if body != "" {
+		req.Header.Set("Content-Type", "application/json")
+	}
+	return req
+}
+
+func (b *bench) do(t testing.TB, req *http.Request) (*http.Response, string) {
+	t.Helper()
+	resp, err := b.client.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	body, err := io.ReadAll(resp.Body)
+	if err != nil {
+		t.Fatalf("status %d, then %v after %q", resp.StatusCode, err, body)
+	}
+	return resp, string(body)
+}
+
+func (b *bench) post(t testing.TB, path, body string) (*http.Response, string) {
+	t.Helper()
+	return b.do(t, b.request(t, "POST", path, body))
+}
+
+// wantError checks the form of an error and returns its parameter.
+func wantError(t testing.TB, resp *http.Response, body string, status int, code string) (param string) {
+	t.Helper()
+	var e struct {
+		Error *struct {
+			Message, Type string
+			Param         *string
+			Code          string
+		}
+	}
+	if err := json.Unmarshal([]byte(body), &e); err != nil || e.Error == nil {
+		t.Fatalf("status %d: not an error: %q", resp.StatusCode, body)
+	}
+	if resp.StatusCode != status || e.Error.Code != code {
+		t.Errorf("got %d %s, want %d %s", resp.StatusCode, e.Error.Code, status, code)
+	}
+	if e.Error.Message == "" || e.Error.Type == "" || resp.Header.Get("Content-Type") != "application/json" {
+		t.Errorf("incomplete error: %q, %v", body, resp.Header)
+	}
+	if e.Error.Param != nil {
+		return *e.Error.Param
+	}
+	return ""
+}
+
+func sayJSON(w http.ResponseWriter, status int, body string) {
+	w.Header().Set("Content-Type", "application/json; charset=utf-8")
+	w.Header().Set("Server", "engine")
+	w.WriteHeader(status)
+	io.WriteString(w, body)
+}
+
+func sayEvents(w http.ResponseWriter, raw string) {
+	w.Header().Set("Content-Type", "text/event-stream")
+	io.WriteString(w, raw)
+	w.(http.Flusher).Flush()
+}
+
+func TestModels(t *testing.T) {
+	b := start(t, nil, nil, nil)
+	resp, body := b.do(t, b.request(t, "GET", "/v1/models", ""))
+	want := `{"object":"list","data":[` +
+		`{"id":"chrysalis/demo","object":"model","created":0,"owned_by":"chrysalis","revision":"1","root_hash":"` + strings.Repeat("ab", 32) + `"},` +
+		`{"id":"other/model","object":"model","created":0,"owned_by":"other","revision":"r2","root_hash":"` + strings.Repeat("cd", 32) + `"}]}`
+	if resp.StatusCode != 200 || body != want {
+		t.Errorf("got %d %s\nwant %s", resp.StatusCode, body, want)
+	}
+	if resp.TLS.Version != tls.VersionTLS13 || resp.TLS.NegotiatedProtocol != "" && resp.TLS.NegotiatedProtocol != "http/1.1" {
+		t.Errorf("got TLS %x, %q", resp.TLS.Version, resp.TLS.NegotiatedProtocol)
+	}
+	b.do(t, b.request(t, "GET", "/v1/models", ""))
+	if b.firsts.Load() != 1 {
+		t.Errorf("FirstClient was called %d times", b.firsts.Load())
+	}
+}
+
+// What the engine is sent, to the byte, and what of its answer comes back.
+func TestForward(t *testing.T) {
+	tests := []struct{ name, path, body, sent string }{
+		{"chat", "/v1/chat/completions",
+			`{ "model":"chrysalis/demo@1", "user":"u", "n":1, "stop":null, "max_completion_tokens":7, "messages" : [ {"role":"user","content":"h\u00e9"} ] }`,
+			`{"messages":[ {"role":"user","content":"h\u00e9"} ],"max_tokens":7,"model":"chrysalis/demo","cache_prompt":false}`},
+		{"escaped key", "/v1/chat/completions",
+			`{"m\u006fdel":"chrysalis/demo","messages":[{"role":"user","content":[{"type":"text","text":"x"}]}]}`,
+			`{"messages":[{"role":"user","content":[{"type":"text","text":"x"}]}],"model":"chrysalis/demo","cache_prompt":false}`},
+		{"completion", "/v1/completions",
+			`{"prompt":"once","model":"other/model","temperature":0,"seed":-1,"stream":false}`,
+			`{"prompt":"once","model":"other/model","stream":false,"temperature":0,"seed":-1,"cache_prompt":false}`},
+		{"embeddings", "/v1/embeddings",
+			`{"input":["a","b"],"model":"chrysalis/demo","encoding_format":"base64"}`,
+			`{"model":"chrysalis/demo","input":["a","b"],"encoding_format":"base64","cache_prompt":false}`},
+	}
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			const answer = `{"object":"answer"}`
+			got := make(chan string, 1)
+			b := start(t, func(w http.ResponseWriter, r *http.Request) {
+				body, _ := io.ReadAll(r.Body)
+				var header []string
+				for name := range r.Header {
+					header = append(header, name)
+				}
+				for _, name := range header {
+					switch name {
+					case "Accept", "Connection", "Content-Length", "Content-Type":
+					default:
+						t.Errorf("the engine got the header %s", name)
+					}
+				}
+				if r.URL.Path != test.path || r.Host != "engine" {
+					t.Errorf("the engine got %s %s", r.Host, r.URL.Path)
+				}
+				got <- string(body)
+				w.Header().Set("X-Engine", "secret")
+				http.SetCookie(w, &http.Cookie{Name: "a", Value: "b"})
+				sayJSON(w, 200, answer)
+			}, nil, nil)
+			req := b.request(t, "POST", test.path, test.body)
+			req.Header.Set("Authorization", "Bearer key")
+			req.Header.Set("Cookie", "a=b")
+			req.Header.Set("X-Forwarded-For", "1.2.3.4")
+			req.Header.Set("User-Agent", "me")
+			resp, body := b.do(t, req)
+			if sent := <-got; sent != test.sent {
+				t.Errorf("the engine got\n %s\nwant\n %s", sent, test.sent)
+			}
+			if resp.StatusCode != 200 || body != answer {
+				t.Errorf("got %d %s", resp.StatusCode, body)
+			}
+			for name := range resp.Header {
+				switch name {
+				case "Content-Type", "Content-Length", "Cache-Control", "Date":
+				default:
+					t.Errorf("the client got the header %s", name)
+				}
+			}
+			if n := b.counters.Requests.Load(); n != 1 {
+				t.Errorf("%d requests counted", n)
+			}
+		})
+	}
+}
+
+func TestChunkedRequest(t *testing.T) {
+	b := start(t, func(w http.ResponseWriter, r *http.Request) { sayJSON(w, 200, `{}`) }, nil, nil)
+	req := b.request(t, "POST", "/v1/chat/completions", hello)
+	req.ContentLength = -1
+	if resp, body := b.do(t, req); resp.StatusCode != 200 {
+		t.Errorf("got %d %s", resp.StatusCode, body)
+	}
+}
+
+func TestStream(t *testing.T) {
+	next := make(chan struct{})
+	b := start(t, func(w http.ResponseWriter, r *http.Request) {
+		sayEvents(w, ": a comment\nid: 1\nevent: x\ndata: {\"n\":1}\n\n")
+		<-next
+		sayEvents(w, "data:{\"n\":\ndata:2}\r\n\r\nretry: 1\n\ndata: [DONE]\n\ndata: {\"after\":1}\n\n")
+	}, nil, nil)
+	resp, err := b.client.Do(b.request(t, "POST", "/v1/chat/completions", helloStream))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	if got := resp.Header.Get("Content-Type"); got != "text/event-stream" {
+		t.Errorf("content type is %q", got)
+	}
+	// The first event is here although the engine has not gone on.
+	first := make([]byte, len("data: {\"n\":1}\n\n"))
+	if _, err := io.ReadFull(resp.Body, first); err != nil || string(first) != "data: {\"n\":1}\n\n" {
+		t.Fatalf("first event: %q, %v", first, err)
+	}
+	close(next)
+	rest, err := io.ReadAll(resp.Body)
+	if want := "data: {\"n\":2}\n\ndata: [DONE]\n\n"; err != nil || string(rest) != want {
+		t.Errorf("got %q, %v, want %q", rest, err, want)
+	}
+}
+
+func TestRefusedRequests(t *testing.T) {
+	chat := func(rest string) string {
+		return `{"model":"chrysalis/demo","messages":[{"role":"user","content":"x"}]` + rest + `}`
+	}
+	messages := func(m string) string { return `{"model":"chrysalis/demo","messages":` + m + `}` }
+	deep := strings.Repeat("[", 65) + strings.Repeat("]", 65)
+	tests := []struct {
+		name, path, body string
+		status           int
+		code, param      string
+	}{
+		{"empty", "chat/completions", " ", 400, "body_invalid", ""},
+		{"not JSON", "chat/completions", "hello", 400, "body_invalid", ""},
+		{"array", "chat/completions", "[]", 400, "body_invalid", ""},
+		{"two values", "chat/completions", hello + hello, 400, "body_invalid", ""},
+		{"bad UTF-8", "chat/completions", messages("[{\"role\":\"user\",\"content\":\"\xff\"}]"), 400, "body_invalid", ""},
+		{"half a surrogate pair", "chat/completions", messages(`[{"role":"user","content":"\ud800x"}]`), 400, "body_invalid", ""},
+		{"too deep", "chat/completions", chat(`,"tools":` + deep), 400, "body_invalid", ""},
+		{"schema too deep", "chat/completions", chat(`,"tools":` + deep[30:len(deep)-30]), 400, "invalid_field", "tools"},
+		{"other case", "chat/completions", `{"model":"chrysalis/demo","Messages":[]}`, 400, "unknown_field", "Messages"},
+		{"repeated", "chat/completions", chat(`,"stream":true,"str\u0065am":false`), 400, "repeated_field", "stream"},
+		{"both limits", "chat/completions", chat(`,"max_tokens":1,"max_completion_tokens":2`), 400, "repeated_field", "max_tokens"},
+		{"slot", "chat/completions", chat(`,"id_slot":0`), 400, "unknown_field", "id_slot"},
+		{"cache", "chat/completions", chat(`,"cache_prompt":true`), 400, "unknown_field", "cache_prompt"},
+		{"n_predict", "chat/completions", chat(`,"n_predict":1`), 400, "unknown_field", "n_predict"},
+		{"grammar", "chat/completions", chat(`,"grammar":"root ::= \"x\""`), 400, "unknown_field", "grammar"},
+		{"samplers", "chat/completions", chat(`,"samplers":[]`), 400, "unknown_field", "samplers"},
+		{"lora", "completions", `{"model":"chrysalis/demo","prompt":"x","lora":[]}`, 400, "unknown_field", "lora"},
+		{"long key", "chat/completions", chat(`,"` + strings.Repeat("k", 300) + `":1`), 400, "invalid_field", ""},
+		{"no model", "chat/completions", `{"messages":[{"role":"user","content":"x"}]}`, 400, "missing_field", "model"},
+		{"null model", "chat/completions", `{"model":null,"messages":[{"role":"user","content":"x"}]}`, 400, "missing_field", "model"},
+		{"other model", "chat/completions", strings.Replace(hello, "demo", "nemo", 1), 404, "model_not_found", "model"},
+		{"other revision", "chat/completions", strings.Replace(hello, "demo", "demo@2", 1), 404, "model_not_found", "model"},
+		{"no messages", "chat/completions", `{"model":"chrysalis/demo"}`, 400, "missing_field", "messages"},
+		{"empty messages", "chat/completions", messages(`[]`), 400, "invalid_field", "messages"},
+		{"messages string", "chat/completions", messages(`"x"`), 400, "invalid_field", "messages"},
+		{"role", "chat/completions", messages(`[{"role":"root","content":"x"}]`), 400, "invalid_field", "messages[0].role"},
+		{"no role", "chat/completions", messages(`[{"content":"x"}]`), 400, "invalid_field", "messages[0].role"},
+		{"content number", "chat/completions", messages(`[{"role":"user","content":1}]`), 400, "invalid_field", "messages[0].content"},
+		{"content twice", "chat/completions", messages(`[{"role":"user","content":"a","content":"b"}]`), 400, "invalid_field", "messages[0].content"},
+		{"message field", "chat/completions", messages(`[{"role":"user","content":"a","media":1}]`), 400, "invalid_field", "messages[0].media"},
+		{"image", "chat/completions", messages(`[{"role":"user","content":[{"type":"text","text":"a"},{"type":"image_url","image_url":{"url":"http://x"}}]}]`), 400, "invalid_field", "messages[0].content[1].type"},
+		{"image first", "chat/completions", messages(`[{"role":"user","content":[{"image_url":{"url":"http://x"},"type":"image_url"}]}]`), 400, "invalid_field", "messages[0].content[0].image_url"},
+		{"stream", "chat/completions", chat(`,"stream":1`), 400, "invalid_field", "stream"},
+		{"stream options", "chat/completions", chat(`,"stream_options":{"x":1}`), 400, "invalid_field", "stream_options.x"},
+		{"n", "chat/completions", chat(`,"n":2`), 400, "invalid_field", "n"},
+		{"max_tokens 0", "chat/completions", chat(`,"max_tokens":0`), 400, "invalid_field", "max_tokens"},
+		{"max_tokens 1.5", "chat/completions", chat(`,"max_tokens":1.5`), 400, "invalid_field", "max_tokens"},
+		{"max_tokens huge", "chat/completions", chat(`,"max_tokens":99999999999999999999999999999999999999`), 400, "invalid_field", "max_tokens"},
+		{"temperature", "chat/completions", chat(`,"temperature":"1"`), 400, "invalid_field", "temperature"},
+		{"temperature high", "chat/completions", chat(`,"temperature":1e999`), 400, "invalid_field", "temperature"},
+		{"stop", "chat/completions", chat(`,"stop":[1]`), 400, "invalid_field", "stop[0]"},
+		{"stop many", "chat/completions", chat(`,"stop":[` + strings.Repeat(`"a",`, 16) + `"a"]`), 400, "invalid_field", "stop"},
+		{"bias", "chat/completions", chat(`,"logit_bias":{"1":1000}`), 400, "invalid_field", "logit_bias.1"},
+		{"bias key", "chat/completions", chat(`,"logit_bias":{"x":1}`), 400, "invalid_field", "logit_bias"},
+		{"format", "chat/completions", chat(`,"response_format":{"type":"grammar"}`), 400, "invalid_field", "response_format.type"},
+		{"tool", "chat/completions", chat(`,"tools":[{"type":"web"}]`), 400, "invalid_field", "tools[0].type"},
+		{"tool choice", "chat/completions", chat(`,"tool_choice":"all"`), 400, "invalid_field", "tool_choice"},
+		{"prompts", "completions", `{"model":"chrysalis/demo","prompt":["a","b"]}`, 400, "invalid_field", "prompt"},
+		{"tokens", "completions", `{"model":"chrysalis/demo","prompt":[1,2]}`, 400, "invalid_field", "prompt[0]"},
+		{"messages elsewhere", "completions", `{"model":"chrysalis/demo","prompt":"a","messages":[]}`, 400, "unknown_field", "messages"},
+		{"embedding stream", "embeddings", `{"model":"chrysalis/demo","input":"a","stream":true}`, 400, "unknown_field", "stream"},
+		{"embedding format", "embeddings", `{"model":"chrysalis/demo","input":"a","encoding_format":"x"}`, 400, "invalid_field", "encoding_format"},
+	}
+	b := start(t, func(http.ResponseWriter, *http.Request) { t.Error("the engine was asked") }, nil, nil)
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			resp, body := b.post(t, "/v1/"+test.path, test.body)
+			if param := wantError(t, resp, body, test.status, test.code); param != test.param {
+				t.Errorf("param is %q, want %q: %s", param, test.param, body)
+			}
+		})
+	}
+	if got := b.counters.Refused.Load(); got != int64(len(tests)) {
+		t.Errorf("%d refusals counted of %d", got, len(tests))
+	}
+	if got := b.counters.Connections.Load(); got != 1 {
+		t.Errorf("%d connections: a refusal after the whole body should keep it", got)
+	}
+}
+
+func TestRefusedHeads(t *testing.T) {
+	tests := []struct {
+		name, method, path, contentType, encoding string
+		status                                    int
+		code                                      string
+	}{
+		{"root", "GET", "/", "", "", 404, "unknown_path"},
+		{"engine path", "GET", "/slots", "", "", 404, "unknown_path"},
+		{"engine post", "POST", "/completion", "application/json", "", 404, "unknown_path"},
+		{"slash", "GET", "/v1/models/", "", "", 404, "unknown_path"},
+		{"double slash", "GET", "//v1/models", "", "", 404, "unknown_path"},
+		{"dots", "GET", "/v1/../v1/models", "", "", 404, "unknown_path"},
+		{"escaped", "GET", "/v1/%6dodels", "", "", 404, "unknown_path"},
+		{"query", "GET", "/v1/models?a=b", "", "", 400, "query_not_allowed"},
+		{"empty query", "GET", "/v1/models?", "", "", 400, "query_not_allowed"},
+		{"query on post", "POST", "/v1/chat/completions?x", "application/json", "", 400, "query_not_allowed"},
+		{"method", "GET", "/v1/chat/completions", "", "", 405, "method_not_allowed"},
+		{"options", "OPTIONS", "/v1/chat/completions", "", "", 405, "method_not_allowed"},
+		{"post models", "POST", "/v1/models", "application/json", "", 405, "method_not_allowed"},
+		{"body on get", "GET", "/v1/models", "application/json", "", 400, "body_not_allowed"},
+		{"no type", "POST", "/v1/chat/completions", "", "", 415, "content_type"},
+		{"form", "POST", "/v1/chat/completions", "application/x-www-form-urlencoded", "", 415, "content_type"},
+		{"charset", "POST", "/v1/chat/completions", "application/json; charset=utf-16", "", 415, "content_type"},
+		{"gzip", "POST", "/v1/chat/completions", "application/json", "gzip", 415, "content_type"},
+	}
+	b := start(t, func(http.ResponseWriter, *http.Request) { t.Error("the engine was asked") }, nil, nil)
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			body := ""
+			if test.contentType != "" || test.method == "POST" {
+				body = hello
+			}
+			req := b.request(t, test.method, test.path, body)
+			req.Header.Del("Content-Type")
+			if test.contentType != "" {
+				req.Header.Set("Content-Type", test.contentType)
+			}
+			if test.encoding != "" {
+				req.Header.Set("Content-Encoding", test.encoding)
+			}
+			resp, answer := b.do(t, req)
+			wantError(t, resp, answer, test.status, test.code)
+			if test.status == 405 && resp.Header.Get("Allow") == "" {
+				t.Error("no Allow")
+			}
+		})
+	}
+}
+
+// dial opens a TLS connection and sends a request's head.
+func (b *bench) dial(t testing.TB, head string) *tls.Conn {
+	t.Helper()
+	conn, err := tls.Dial("tcp", b.address, clientTLS())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	io.WriteString(conn, head)
+	return conn
+}
+
+const postHead = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+
+func readResponse(t testing.TB, conn net.Conn) (*http.Response, string) {
+	t.Helper()
+	conn.SetReadDeadline(time.Now().Add(5 * time.Second))
+	resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	body, _ := io.ReadAll(resp.Body)
+	return resp, string(body)
+}
+
+func wantClosed(t testing.TB, conn net.Conn) {
+	t.Helper()
+	conn.SetReadDeadline(time.Now().Add(5 * time.Second))
+	if _, err := io.Copy(io.Discard, conn); isTimeout(err) {
+		t.Errorf("the connection is still open: %v", err)
+	}
+}
+
+func isTimeout(err error) bool {
+	var ne net.Error
+	return errors.As(err, &ne) && ne.Timeout()
+}
+
+// zeros is a body without an end.
+type zeros struct{ read atomic.Int64 }
+
+func (z *zeros) Read(p []byte) (int, error) {
+	clear(p)
+	z.read.Add(int64(len(p)))
+	return len(p), nil
+}
+
+func TestHugeBody(t *testing.T) {
+	for _, length := range []int64{1 << 30, -1} {
+		t.Run(fmt.Sprint(length), func(t *testing.T) {
+			b := start(t, nil, nil, nil)
+			body := new(zeros)
+			req := b.request(t, "POST", "/v1/chat/completions", "x")
+			req.Body, req.ContentLength = io.NopCloser(body), length
+			resp, answer := b.do(t, req)
+			wantError(t, resp, answer, 413, "body_too_large")
+			if !resp.Close {
+				t.Error("the connection is kept")
+			}
+			// The limit is 1 MiB; the rest is what sockets hold.
+			if read := body.read.Load(); read > 16<<20 {
+				t.Errorf("%d bytes were taken", read)
+			}
+		})
+	}
+}
+
+func TestSlowBody(t *testing.T) {
+	b := start(t, nil, nil, func(s *Server) { s.idle = 100 * time.Millisecond })
+	for _, head := range []string{"Content-Length: 100\r\n\r\n{", "Transfer-Encoding: chunked\r\n\r\n1\r\n{"} {
+		conn := b.dial(t, postHead+head)
+		resp, body := readResponse(t, conn)
+		wantError(t, resp, body, 408, "body_timeout")
+		wantClosed(t, conn)
+	}
+}
+
+func TestBodyCutOff(t *testing.T) {
+	b := start(t, nil, nil, nil)
+	conn := b.dial(t, postHead+"Content-Length: 100\r\n\r\n{")
+	eventually(t, "it has a place", func() bool { return b.Active() == 1 })
+	conn.Close()
+	eventually(t, "its place is free", func() bool { return b.Active() == 0 && b.counters.Cancelled.Load() == 1 })
+
+	conn = b.dial(t, postHead+"Transfer-Encoding: chunked\r\n\r\nnonsense\r\n")
+	resp, body := readResponse(t, conn)
+	wantError(t, resp, body, 400, "body_malformed")
+}
+
+func TestBodyMemory(t *testing.T) {
+	b := start(t, func(w http.ResponseWriter, r *http.Request) { sayJSON(w, 200, `{}`) },
+		func(c *Config) { c.BodyMemory = 1 }, nil)
+	all := b.memory.Load()
+	conn := b.dial(t, postHead+"Content-Length: 1000000\r\n\r\n")
+	io.WriteString(conn, strings.Repeat(" ", 999_000))
+	eventually(t, "the memory is taken", func() bool { return b.memory.Load() < 100_000 })
+	resp, body := b.post(t, "/v1/chat/completions", strings.Repeat(" ", 100_000)+hello)
+	wantError(t, resp, body, 429, "busy")
+	conn.Close()
+	eventually(t, "the memory is free", func() bool { return b.memory.Load() == all })
+	if resp, body := b.post(t, "/v1/chat/completions", hello); resp.StatusCode != 200 {
+		t.Errorf("got %d %s", resp.StatusCode, body)
+	}
+}
+
+// A large body is held once and copied at most by growing.
+func TestLargeBodyAllocation(t *testing.T) {
+	b := start(t, func(w http.ResponseWriter, r *http.Request) {
+		n, _ := io.Copy(io.Discard, r.Body)
+		sayJSON(w, 200, fmt.Sprintf(`{"n":%d}`, n))
+	}, func(c *Config) { c.Limits.BodyBytes = 16 << 20 }, nil)
+	body := messagesOf(16<<20 - 200)
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	resp, answer := b.post(t, "/v1/chat/completions", body)
+	runtime.ReadMemStats(&after)
+	if resp.StatusCode != 200 {
+		t.Fatalf("got %d %.200s", resp.StatusCode, answer)
+	}
+	grown := (after.TotalAlloc - before.TotalAlloc) >> 20
+	t.Logf("%d MiB allocated for a body of 16 MiB, by client, agent and engine together", grown)
+	if grown > 64 {
+		t.Errorf("%d MiB allocated for a body of 16 MiB", grown)
+	}
+}
+
+func messagesOf(size int) string {
+	return `{"model":"chrysalis/demo","messages":[{"role":"user","content":"` + strings.Repeat("x", size) + `"}]}`
+}
+
+func TestEngineFailures(t *testing.T) {
+	cut := func(w http.ResponseWriter) { panic(http.ErrAbortHandler) }
+	tests := []struct {
+		name   string
+		body   string
+		engine http.HandlerFunc
+		status int
+		code   string
+		errs   int64
+	}{
+		{"dies at once", hello, func(w http.ResponseWriter, r *http.Request) { cut(w) }, 502, "engine_failed", 1},
+		{"dies before the stream", helloStream, func(w http.ResponseWriter, r *http.Request) { cut(w) }, 502, "engine_failed", 1},
+		{"dies in the answer", hello, func(w http.ResponseWriter, r *http.Request) {
+			sayJSON(w, 200, `{"half":`)
+			w.(http.Flusher).Flush()
+			cut(w)
+		}, 502, "engine_failed", 1},
+		{"answers no JSON", hello, func(w http.ResponseWriter, r *http.Request) { sayJSON(w, 200, `{"half":`) }, 502, "engine_failed", 1},
+		{"answers HTML", hello, func(w http.ResponseWriter, r *http.Request) { w.Write([]byte("<html>")) }, 502, "engine_failed", 1},
+		{"no stream", helloStream, func(w http.ResponseWriter, r *http.Request) { sayJSON(w, 200, `{}`) }, 502, "engine_failed", 1},
+		{"500", hello, func(w http.ResponseWriter, r *http.Request) { sayJSON(w, 500, `{"error":{"message":"secret"}}`) }, 502, "engine_failed", 1},
+		{"404", hello, func(w http.ResponseWriter, r *http.Request) { sayJSON(w, 404, `{"error":{"message":"secret"}}`) }, 502, "engine_failed", 1},
+		{"redirect", hello, func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, "/slots", 302) }, 502, "engine_failed", 1},
+		{"400", hello, func(w http.ResponseWriter, r *http.Request) {
+			sayJSON(w, 400, `{"error":{"message":"too long \u003c`+strings.Repeat("é", 2000)+`","type":"x","secret":1}}`)
+		}, 400, "engine_refused", 0},
+		{"400 without JSON", hello, func(w http.ResponseWriter, r *http.Request) { w.WriteHeader(400); w.Write([]byte("secret")) }, 400, "engine_refused", 0},
+		{"501", hello, func(w http.ResponseWriter, r *http.Request) { sayJSON(w, 501, `{"error":{"message":"secret"}}`) }, 501, "not_supported", 0},
+		{"503", hello, func(w http.ResponseWriter, r *http.Request) { sayJSON(w, 503, `{"error":{"message":"secret"}}`) }, 503, "engine_not_ready", 0},
+		{"hangs", hello, func(w http.ResponseWriter, r *http.Request) { io.Copy(io.Discard, r.Body); <-r.Context().Done() }, 504, "engine_timeout", 1},
+		{"hangs before the stream", helloStream, func(w http.ResponseWriter, r *http.Request) {
+			io.Copy(io.Discard, r.Body)
+			sayEvents(w, "")
+			<-r.Context().Done()
+		}, 504, "engine_timeout", 1},
+	}
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			b := start(t, test.engine, nil, func(s *Server) { s.idle = 200 * time.Millisecond })
+			resp, body := b.post(t, "/v1/chat/completions", test.body)
+			wantError(t, resp, body, test.status, test.code)
+			if strings.Contains(body, "secret") || len(body) > 3000 {
+				t.Errorf("the engine's own words got out: %s", body)
+			}
+			if n := b.counters.EngineErrors.Load(); n != test.errs {
+				t.Errorf("%d engine errors counted, want %d", n, test.errs)
+			}
+			if (resp.Header.Get("Retry-After") != "") != (test.status == 503) {
+				t.Errorf("Retry-After is %q", resp.Header.Get("Retry-After"))
+			}
+		})
+	}
+}
+
+func TestEngineAbsent(t *testing.T) {
+	b := start(t, nil, nil, nil)
+	resp, body := b.post(t, "/v1/chat/completions", hello)
+	wantError(t, resp, body, 503, "engine_not_ready")
+	if resp.Header.Get("Retry-After") == "" || b.counters.Unavailable.Load() != 1 {
+		t.Errorf("Retry-After %q, %d counted", resp.Header.Get("Retry-After"), b.counters.Unavailable.Load())
+	}
+}
+
+// What goes wrong in a stream is its last event; no [DONE], and the connection
+// breaks off.
+func TestStreamFailures(t *testing.T) {
+	tests := []struct {
+		name   string
+		engine http.HandlerFunc
+		code   string
+		errs   int64
+	}{
+		{"dies", func(w http.ResponseWriter, r *http.Request) { panic(http.ErrAbortHandler) }, "engine_failed", 1},
+		{"ends early", func(w http.ResponseWriter, r *http.Request) {}, "engine_failed", 1},
+		{"no JSON", func(w http.ResponseWriter, r *http.Request) { sayEvents(w, "data: {\"a\n\ndata: [DONE]\n\n") }, "engine_failed", 1},
+		{"no object", func(w http.ResponseWriter, r *http.Request) { sayEvents(w, "data: 1\n\ndata: [DONE]\n\n") }, "engine_failed", 1},
+		{"bad UTF-8", func(w http.ResponseWriter, r *http.Request) {
+			sayEvents(w, "data: {\"a\":\"\xff\"}\n\ndata: [DONE]\n\n")
+		}, "engine_failed", 1},
+		{"error event", func(w http.ResponseWriter, r *http.Request) {
+			sayEvents(w, "data: {\"error\":{\"message\":\"secret\"}}\n\ndata: [DONE]\n\n")
+		}, "engine_failed", 1},
+		{"long line", func(w http.ResponseWriter, r *http.Request) {
+			sayEvents(w, ":"+strings.Repeat("x", maxEvent+1)+"\n\n")
+		}, "engine_failed", 1},
+		{"hangs", func(w http.ResponseWriter, r *http.Request) { <-r.Context().Done() }, "engine_timeout", 1},
+		{"never ends", func(w http.ResponseWriter, r *http.Request) {
+			for r.Context().Err() == nil {
+				sayEvents(w, ": still here\n\n")
+				time.Sleep(10 * time.Millisecond)
+			}
+		}, "time_limit", 0},
+	}
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			b := start(t, func(w http.ResponseWriter, r *http.Request) {
+				io.Copy(io.Discard, r.Body)
+				sayEvents(w, "data: {\"n\":1}\n\n")
+				test.engine(w, r)
+			}, nil, func(s *Server) { s.idle, s.total = 300*time.Millisecond, time.Second })
+			resp, err := b.client.Do(b.request(t, "POST", "/v1/chat/completions", helloStream))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer resp.Body.Close()
+			body, err := io.ReadAll(resp.Body)
+			if err != io.ErrUnexpectedEOF {
+				t.Errorf("the stream ended with %v", err)
+			}
+			first, last, _ := strings.Cut(string(body), "\n\n")
+			if first != `data: {"n":1}` || strings.Contains(last, "DONE") || strings.Contains(last, "secret") {
+				t.Errorf("got %q", body)
+			}
+			payload, ok := strings.CutPrefix(strings.TrimSuffix(last, "\n\n"), "data: ")
+			if !ok {
+				t.Fatalf("last event: %q", last)
+			}
+			resp.StatusCode, resp.Header = 0, http.Header{"Content-Type": {"application/json"}}
+			wantError(t, resp, payload, 0, test.code)
+			if n := b.counters.EngineErrors.Load(); n != test.errs {
+				t.Errorf("%d engine errors counted, want %d", n, test.errs)
+			}
+		})
+	}
+}
+
+func TestTotalLimit(t *testing.T) {
+	b := start(t, func(w http.ResponseWriter, r *http.Request) { io.Copy(io.Discard, r.Body); <-r.Context().Done() },
+		nil, func(s *Server) { s.total = 200 * time.Millisecond })
+	resp, body := b.post(t, "/v1/chat/completions", hello)
+	wantError(t, resp, body, 504, "time_limit")
+}
+
+func TestLongAnswer(t *testing.T) {
+	long := `{"data":"` + strings.Repeat("x", 3*maxHeld) + `"}`
+	die := atomic.Bool{}
+	b := start(t, func(w http.ResponseWriter, r *http.Request) {
+		io.Copy(io.Discard, r.Body)
+		if die.Load() {
+			sayJSON(w, 200, long[:2*maxHeld])
+			w.(http.Flusher).Flush()
+			panic(http.ErrAbortHandler)
+		}
+		sayJSON(w, 200, long)
+	}, nil, nil)
+	if resp, body := b.post(t, "/v1/embeddings", `{"model":"chrysalis/demo","input":"x"}`); resp.StatusCode != 200 || body != long {
+		t.Errorf("got %d and %d bytes of %d", resp.StatusCode, len(body), len(long))
+	}
+	die.Store(true)
+	resp, err := b.client.Do(b.request(t, "POST", "/v1/embeddings", `{"model":"chrysalis/demo","input":"x"}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	if _, err := io.Copy(io.Discard, resp.Body); err != io.ErrUnexpectedEOF {
+		t.Errorf("an answer that the engine broke off ends with %v", err)
+	}
+}
+
+func TestClientHangsUp(t *testing.T) {
+	for _, stream := range []bool{false, true} {
+		t.Run(fmt.Sprint("stream=", stream), func(t *testing.T) {
+			begun, cancelled := make(chan struct{}), make(chan struct{})
+			b := start(t, func(w http.ResponseWriter, r *http.Request) {
+				io.Copy(io.Discard, r.Body)
+				if stream {
+					sayEvents(w, "data: {}\n\n")
+				}
+				close(begun)
+				<-r.Context().Done() // and not a byte flows
+				close(cancelled)
+			}, nil, nil)
+			ctx, cancel := context.WithCancel(t.Context())
+			defer cancel()
+			body := hello
+			if stream {
+				body = helloStream
+			}
+			done := make(chan struct{})
+			go func() {
+				defer close(done)
+				resp, err := b.client.Do(b.request(t, "POST", "/v1/chat/completions", body).WithContext(ctx))
+				if err == nil {
+					io.Copy(io.Discard, resp.Body)
+					resp.Body.Close()
+				}
+			}()
+			<-begun
+			at := time.Now()
+			cancel()
+			select {
+			case <-cancelled:
+				t.Logf("the engine saw it after %v", time.Since(at))
+			case <-time.After(5 * time.Second):
+				t.Fatal("the engine goes on")
+			}
+			<-done
+			eventually(t, "it is counted", func() bool { return b.counters.Cancelled.Load() == 1 && b.Active() == 0 })
+			if n := b.counters.EngineErrors.Load(); n != 0 {
+				t.Errorf("%d engine errors counted", n)
+			}
+		})
+	}
+}
+
+func TestBusy(t *testing.T) {
+	release := make(chan struct{})
+	b := start(t, func(w http.ResponseWriter, r *http.Request) {
+		io.Copy(io.Discard, r.Body)
+		<-release
+		sayJSON(w, 200, `{}`)
+	}, func(c *Config) { c.Limits.Concurrency = 2 }, nil)
+	var wait sync.WaitGroup
+	for range 2 {
+		wait.Go(func() { b.post(t, "/v1/chat/completions", hello) })
+	}
+	eventually(t, "all places are taken", func() bool { return b.Active() == 2 && b.counters.Active.Load() == 2 })
+	// Its body never comes, and it is refused all the same.
+	conn := b.dial(t, postHead+"Content-Length: 100\r\n\r\n")
+	resp, body := readResponse(t, conn)
+	wantError(t, resp, body, 429, "busy")
+	if resp.Header.Get("Retry-After") != "1" || b.counters.Busy.Load() != 1 {
+		t.Errorf("Retry-After %q, %d counted", resp.Header.Get("Retry-After"), b.counters.Busy.Load())
+	}
+	wantClosed(t, conn)
+	close(release)
+	wait.Wait()
+	if resp, _ := b.post(t, "/v1/chat/completions", hello); resp.StatusCode != 200 {
+		t.Errorf("a free place was refused: %d", resp.StatusCode)
+	}
+}
+
+func TestNotReadyAndDraining(t *testing.T) {
+	release := make(chan struct{})
+	b := start(t, func(w http.ResponseWriter, r *http.Request) {
+		io.Copy(io.Discard, r.Body)
+		<-release
+		sayJSON(w, 200, `{}`)
+	}, nil, nil)
+	b.ready.Store(false)
+	resp, body := b.post(t, "/v1/chat/completions", hello)
+	wantError(t, resp, body, 503, "engine_not_ready")
+	if resp.Header.Get("Retry-After") == "" {
+		t.Error("no Retry-After")
+	}
+	b.ready.Store(true)
+	last := make(chan int, 1)
+	go func() {
+		resp, _ := b.post(t, "/v1/chat/completions", hello)
+		last <- resp.StatusCode
+	}()
+	eventually(t, "a request is in the engine", func() bool { return b.Active() == 1 })
+	b.Drain()
+	for _, req := range []*http.Request{
+		b.request(t, "POST", "/v1/chat/completions", hello),
+		b.request(t, "GET", "/v1/models", ""),
+	} {
+		resp, body = b.do(t, req)
+		wantError(t, resp, body, 503, "draining")
+		if !resp.Close {
+			t.Error("the connection is kept")
+		}
+	}
+	close(release)
+	if err := b.Shutdown(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if got := <-last; got != 200 {
+		t.Errorf("the last request got %d", got)
+	}
+}
+
+func TestPanicIsContained(t *testing.T) {
+	b := start(t, nil, nil, func(s *Server) { s.ready = func() bool { panic("secret") } })
+	resp, body := b.post(t, "/v1/chat/completions", hello)
+	wantError(t, resp, body, 500, "internal")
+	if strings.Contains(body, "secret") || b.counters.Panics.Load() != 1 {
+		t.Errorf("%s, %d counted", body, b.counters.Panics.Load())
+	}
+}
+
+func TestTransport(t *testing.T) {
+	b := start(t, nil, nil, func(s *Server) { s.http.ReadHeaderTimeout = 300 * time.Millisecond })
+
+	t.Run("plain HTTP", func(t *testing.T) {
+		conn, err := net.Dial("tcp", b.address)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		io.WriteString(conn, "GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n")
+		resp, body := readResponse(t, conn)
+		if resp.StatusCode != 400 || !strings.Contains(body, "HTTPS") {
+			t.Errorf("got %d %q", resp.StatusCode, body)
+		}
+		wantClosed(t, conn)
+	})
+	t.Run("TLS 1.2", func(t *testing.T) {
+		config := clientTLS()
+		config.MaxVersion = tls.VersionTLS12
+		_, err := tls.Dial("tcp", b.address, config)
+		if err == nil || !strings.Contains(err.Error(), "remote error: tls: protocol version not supported") {
+			t.Errorf("got %v", err)
+		}
+	})
+	t.Run("HTTP/2 only", func(t *testing.T) {
+		config := clientTLS()
+		config.NextProtos = []string{"h2"}
+		_, err := tls.Dial("tcp", b.address, config)
+		if err == nil || !strings.Contains(err.Error(), "remote error: tls: no application protocol") {
+			t.Errorf("got %v", err)
+		}
+	})
+	t.Run("no ticket", func(t *testing.T) {
+		config := clientTLS()
+		config.ClientSessionCache = tls.NewLRUClientSessionCache(1)
+		for range 2 {
+			conn, err := tls.Dial("tcp", b.address, config)
+			if err != nil {
+				t.Fatal(err)
+			}
+			io.WriteString(conn, "GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n")
+			readResponse(t, conn)
+			if conn.ConnectionState().DidResume {
+				t.Error("the session was resumed")
+			}
+			conn.Close()
+		}
+	})
+	for name, first := range map[string]string{"silent": "", "half a handshake": "\x16\x03\x01\x01\x00"} {
+		t.Run(name, func(t *testing.T) {
+			conn, err := net.Dial("tcp", b.address)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer conn.Close()
+			io.WriteString(conn, first)
+			wantClosed(t, conn)
+		})
+	}
+	t.Run("silent after the handshake", func(t *testing.T) { wantClosed(t, b.dial(t, "")) })
+	t.Run("half a header", func(t *testing.T) { wantClosed(t, b.dial(t, "GET /v1/models HTTP/1.1\r\nHo")) })
+	t.Run("long header", func(t *testing.T) {
+		conn := b.dial(t, "GET /v1/models HTTP/1.1\r\nHost: x\r\nA: "+strings.Repeat("a", maxHeader)+"\r\n\r\n")
+		if resp, _ := readResponse(t, conn); resp.StatusCode != 431 {
+			t.Errorf("got %d", resp.StatusCode)
+		}
+	})
+}
+
+func TestConnectionLimit(t *testing.T) {
+	b := start(t, nil, func(c *Config) { c.Limits.Concurrency = 1 }, nil)
+	var conns []net.Conn
+	defer func() {
+		for _, conn := range conns {
+			conn.Close()
+		}
+	}()
+	open := func() net.Conn {
+		conn, err := net.Dial("tcp", b.address)
+		if err != nil {
+			t.Fatal(err)
+		}
+		conns = append(conns, conn)
+		return conn
+	}
+	for range 1 + spareConnections {
+		open()
+	}
+	eventually(t, "all are in", func() bool { return b.counters.Connections.Load() == 1+spareConnections })
+	wantClosed(t, open())
+	conns[0].Close()
+	eventually(t, "there is room again", func() bool {
+		conn, err := tls.Dial("tcp", b.address, clientTLS())
+		if err == nil {
+			conn.Close()
+		}
+		return err == nil
+	})
+}
+
+// A client that does not read cannot hold its place for longer than the idle
+// limit.
+func TestClientDoesNotRead(t *testing.T) {
+	event := "data: {\"x\":\"" + strings.Repeat("y", 100<<10) + "\"}\n\n"
+	b := start(t, func(w http.ResponseWriter, r *http.Request) {
+		io.Copy(io.Discard, r.Body)
+		for r.Context().Err() == nil {
+			sayEvents(w, event)
+		}
+	}, nil, func(s *Server) { s.idle = 300 * time.Millisecond })
+	conn := b.dial(t, postHead+fmt.Sprintf("Content-Length: %d\r\n\r\n", len(helloStream)))
+	conn.NetConn().(*net.TCPConn).SetReadBuffer(4 << 10) // so that little is enough to fill it
+	io.WriteString(conn, helloStream)
+	eventually(t, "it lost its place", func() bool { return b.counters.Cancelled.Load() == 1 && b.Active() == 0 })
+}
+
+func TestEndlessAnswer(t *testing.T) {
+	event := "data: {\"x\":\"" + strings.Repeat("y", 200<<10) + "\"}\n\n"
+	b := start(t, func(w http.ResponseWriter, r *http.Request) {
+		io.Copy(io.Discard, r.Body)
+		for r.Context().Err() == nil {
+			sayEvents(w, event)
+		}
+	}, nil, nil)
+	resp, err := b.client.Do(b.request(t, "POST", "/v1/chat/completions", helloStream))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	var tail bytes.Buffer
+	n, err := io.Copy(&tail, resp.Body)
+	if n > maxAnswer+1024 || err != io.ErrUnexpectedEOF || !strings.Contains(tail.String()[n-300:], "answer_too_large") {
+		t.Errorf("%d bytes, then %v", n, err)
+	}
+}
+
+// The chunk limit is checked in every test's clean-up; here there is much to
+// write.
+func TestChunks(t *testing.T) {
+	event := "data: {\"x\":\"" + strings.Repeat("y", 100<<10) + "\"}\n\n"
+	b := start(t, func(w http.ResponseWriter, r *http.Request) { sayEvents(w, event+"data: [DONE]\n\n") }, nil, nil)
+	resp, body := b.post(t, "/v1/chat/completions", helloStream)
+	if resp.StatusCode != 200 || body != event+"data: [DONE]\n\n" {
+		t.Errorf("got %d, %d bytes", resp.StatusCode, len(body))
+	}
+	if total, longest := b.record.total.Load(), b.record.longest.Load(); total < 100<<10 || longest != guest.MaxChunk {
+		t.Errorf("%d bytes written, at most %d at once", total, longest)
+	}
+}
+
+func TestCountersFill(t *testing.T) {
+	c := new(Counters)
+	c.Cancelled.Store(3)
+	table := guest.CounterTable{EngineRestarts: 2}
+	c.Fill(&table)
+	if table.Cancelled != 3 || table.EngineRestarts != 2 {
+		t.Errorf("got %+v", table)
+	}
+}
+
+func FuzzParse(f *testing.F) {
+	f.Add(0, []byte(hello))
+	f.Add(0, []byte(`{"model":"chrysalis/demo","messages":[{"role":"user","content":[{"type":"text","text":"\ud83d\ude00"}]}],"tools":[{"type":"function","function":{"a":[1]}}],"logit_bias":{"1":-1e1},"stop":["a"],"n":1}`))
+	f.Add(1, []byte(`{"model":"chrysalis/demo@1","prompt":["x"],"max_tokens":5, "stream" : true}`))
+	f.Add(2, []byte(`{"model":"other/model","input":["a","b"]}`))
+	f.Add(0, []byte(`{"a\"":1,"b":[[["\\"]]],"c":{"d":{}}}`))
+	names := map[string]string{"chrysalis/demo": "chrysalis/demo", "chrysalis/demo@1": "chrysalis/demo", "other/model": "other/model"}
+	f.Fuzz(func(t *testing.T, which int, body []byte) {
+		rt := &routes[1+uint(which)%3]
+		req, apiErr := parse(rt, names, body)
+		if apiErr != nil {
+			if !json.Valid(apiErr.body()) || apiErr.status < 400 || apiErr.status > 499 {
+				t.Errorf("error %+v", apiErr)
+			}
+			return
+		}
+		pieces, length := req.encode()
+		var out bytes.Buffer
+		pieces.WriteTo(&out)
+		if int64(out.Len()) != length {
+			t.Errorf("length is %d, said %d", out.Len(), length)
+		}
+		// Whoever reads the two texts with encoding/json sees the same values, but
+		// for what is meant to differ.
+		var sent, got map[string]json.RawMessage
+		if err := json.Unmarshal(body, &got); err != nil {
+			t.Fatalf("accepted %q: %v", body, err)
+		}
+		if err := json.Unmarshal(out.Bytes(), &sent); err != nil {
+			t.Fatalf("sent %q: %v", out.Bytes(), err)
+		}
+		if string(sent["cache_prompt"]) != "false" {
+			t.Errorf("sent %q", out.Bytes())
+		}
+		delete(sent, "cache_prompt")
+		for name, value := range sent {
+			if name == "model" {
+				continue
+			}
+			original, ok := got[name]
+			if !ok && name == "max_tokens" {
+				original = got["max_completion_tokens"]
+			}
+			if !bytes.Equal(bytes.TrimSpace(original), value) {
+				t.Errorf("%s: sent %q, got %q", name, value, original)
+			}
+		}
+		if again, apiErr := parse(rt, names, bytes.Replace(out.Bytes(), []byte(constants), []byte("}"), 1)); apiErr != nil || again.stream != req.stream {
+			t.Errorf("what was sent is not accepted: %v", apiErr)
+		}
+	})
+}
+
+func FuzzEvents(f *testing.F) {
+	f.Add([]byte("data: {\"a\":1}\n\n: x\ndata:{\ndata:}\r\n\r\ndata: [DONE]\n\n"))
+	f.Add([]byte("event: a\ndata\ndata:\n\n"))
+	f.Fuzz(func(t *testing.T, raw []byte) {
+		stream := newEvents(bytes.NewReader(raw))
+		for {
+			event, err := stream.next()
+			if err != nil {
+				return
+			}
+			if bytes.Equal(event, doneEvent) {
+				continue
+			}
+			if !json.Valid(event) || event[0] != '{' || bytes.ContainsAny(event, "\r\n") || len(event) > maxEvent {
+				t.Errorf("let through %q", event)
+			}
+		}
+	})
+}
+
+// BenchmarkRequest is what the agent adds: the same request to the fake engine
+// directly, and through TLS and the agent. The difference is the agent's cost and
+// that of the client's TLS.
+func BenchmarkRequest(b *testing.B) {
+	answer := `{"choices":[{"message":{"content":"` + strings.Repeat("word ", 100) + `"}}]}`
+	var events strings.Builder
+	for range 100 {
+		events.WriteString("data: {\"choices\":[{\"delta\":{\"content\":\"word \"}}]}\n\n")
+	}
+	events.WriteString("data: [DONE]\n\n")
+	engine := func(w http.ResponseWriter, r *http.Request) {
+		body, _ := io.ReadAll(r.Body)
+		if bytes.Contains(body, []byte(`"stream":true`)) {
+			w.Header().Set("Content-Type", "text/event-stream")
+			for event := range strings.SplitAfterSeq(events.String(), "\n\n") {
+				io.WriteString(w, event)
+				w.(http.Flusher).Flush()
+			}
+			return
+		}
+		sayJSON(w, 200, answer)
+	}
+	s := start(b, engine, nil, nil)
+	direct := &http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "unix", s.socket)
+	}}}
+	defer direct.CloseIdleConnections()
+	for _, body := range []struct{ name, text string }{{"whole", hello}, {"stream100", helloStream}} {
+		for _, via := range []struct {
+			name   string
+			client *http.Client
+			url    string
+		}{
+			{"direct", direct, "http://engine"},
+			{"agent", s.client, "https://" + s.address},
+		} {
+			b.Run(body.name+"/"+via.name, func(b *testing.B) {
+				b.ReportAllocs()
+				for b.Loop() {
+					resp, err := via.client.Post(via.url+"/v1/chat/completions", "application/json", strings.NewReader(body.text))
+					if err != nil {
+						b.Fatal(err)
+					}
+					if n, err := io.Copy(io.Discard, resp.Body); err != nil || n == 0 || resp.StatusCode != 200 {
+						b.Fatal(resp.StatusCode, n, err)
+					}
+					resp.Body.Close()
+				}
+			})
+		}
+	}
+}
+
+func BenchmarkParse16MiB(b *testing.B) {
+	body := []byte(messagesOf(16<<20 - 200))
+	names := map[string]string{"chrysalis/demo": "chrysalis/demo"}
+	b.ReportAllocs()
+	b.SetBytes(int64(len(body)))
+	for b.Loop() {
+		if _, err := parse(&routes[1], names, body); err != nil {
+			b.Fatal(err)
+		}
+	}
+}

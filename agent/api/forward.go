@@ -1,0 +1,226 @@
+package api
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"io"
+	"mime"
+	"net"
+	"net/http"
+	"strings"
+	"time"
+	"unicode/utf8"
+)
+
+const (
+	maxAnswer = 64 << 20 // bytes of an answer, streamed or not
+	// An answer up to this size is held until it is whole, so that an engine that
+	// dies over it is a clean 502; a longer one is passed on as it comes.
+	maxHeld    = 256 << 10
+	maxMessage = 1 << 10 // bytes of an engine's error message
+)
+
+// engineDown is a dial that failed: the engine is being restarted.
+type engineDown struct{ error }
+
+func engineTransport(dial func(context.Context) (net.Conn, error)) *http.Transport {
+	protocols := new(http.Protocols)
+	protocols.SetHTTP1(true)
+	return &http.Transport{
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			conn, err := dial(ctx)
+			if err != nil {
+				return nil, engineDown{err}
+			}
+			return conn, nil
+		},
+		// A new connection costs some 0.1 ms on a unix socket. A kept one costs one
+		// of the engine's few threads for as long as it idles, and fails a request
+		// that comes just when the engine closes it.
+		DisableKeepAlives:      true,
+		DisableCompression:     true,
+		MaxResponseHeaderBytes: maxHeader,
+		Protocols:              protocols,
+	}
+}
+
+// forward sends a request to the engine and its answer to the client.
+func (x *exchange) forward(req *request) error {
+	// Done when the client hangs up, which net/http notices although nobody reads:
+	// the body has been read to its end.
+	ctx, stop := context.WithDeadlineCause(x.r.Context(), x.end, errTotal)
+	defer stop()
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	idle := time.AfterFunc(x.s.idle, func() { cancel(errEngineSilent) })
+	defer idle.Stop()
+
+	body, length := req.encode()
+	out, err := http.NewRequestWithContext(ctx, req.route.method, "http://engine"+req.route.path, io.NopCloser(&body))
+	if err != nil {
+		return errInternal
+	}
+	out.ContentLength = length
+	// Nothing of the client's header. The empty one keeps net/http from naming
+	// itself.
+	out.Header = http.Header{"Content-Type": {"application/json"}, "Accept": {"application/json"}, "User-Agent": nil}
+	if req.stream {
+		out.Header.Set("Accept", "text/event-stream")
+	}
+	// Not a Client: no redirects, no cookies.
+	resp, err := x.s.engine.RoundTrip(out)
+	if err != nil {
+		return x.why(ctx, err)
+	}
+	defer resp.Body.Close()
+	src := &engineReader{body: resp.Body, idle: idle, limit: x.s.idle, left: maxAnswer}
+	kind, _, _ := mime.ParseMediaType(resp.Header.Get("Content-Type"))
+	switch {
+	case resp.StatusCode != http.StatusOK:
+		err = engineRefusal(resp.StatusCode, src)
+	case req.stream && kind == "text/event-stream":
+		err = x.relayEvents(src)
+	case !req.stream && kind == "application/json":
+		err = x.relayAnswer(src)
+	default:
+		return errEngineFailed
+	}
+	return x.why(ctx, err)
+}
+
+// why turns what went wrong while forwarding into what the client is told.
+func (x *exchange) why(ctx context.Context, err error) error {
+	var told *apiError
+	var down engineDown
+	switch {
+	case err == nil:
+		return nil
+	case err == errGone, x.r.Context().Err() != nil:
+		return errGone
+	case errors.As(context.Cause(ctx), &told), errors.As(err, &told):
+		return told
+	case errors.As(err, &down):
+		return errNotReady
+	}
+	return errEngineFailed
+}
+
+// engineReader reads an answer under the idle limit, which runs only while the
+// agent waits for the engine, and under the limit on its size.
+type engineReader struct {
+	body  io.Reader
+	idle  *time.Timer
+	limit time.Duration
+	left  int64
+}
+
+func (r *engineReader) Read(p []byte) (int, error) {
+	if r.left <= 0 {
+		return 0, errAnswerTooLong
+	}
+	r.idle.Reset(r.limit)
+	n, err := r.body.Read(p[:min(int64(len(p)), r.left)])
+	r.idle.Stop()
+	r.left -= int64(n)
+	return n, err
+}
+
+// relayEvents passes a stream on, event by event. Only [DONE] ends it well.
+func (x *exchange) relayEvents(src io.Reader) error {
+	stream := newEvents(src)
+	var out []byte
+	for {
+		event, err := stream.next()
+		switch {
+		case err == io.EOF, err == errEvent:
+			return errEngineFailed
+		case err != nil:
+			return err
+		// The engine reports a failure halfway as an event of its own.
+		case bytes.HasPrefix(event, []byte(`{"error":`)):
+			return errEngineFailed
+		}
+		if !x.started {
+			x.streaming = true
+			x.start(http.StatusOK, "text/event-stream")
+		}
+		out = append(append(append(out[:0], "data: "...), event...), "\n\n"...)
+		if err := x.write(out); err != nil {
+			return err
+		}
+		if bytes.Equal(event, doneEvent) {
+			return nil
+		}
+	}
+}
+
+// relayAnswer passes on an answer that is not a stream.
+func (x *exchange) relayAnswer(src io.Reader) error {
+	var held bytes.Buffer
+	switch n, err := io.CopyN(&held, src, maxHeld); {
+	case err == io.EOF:
+		answer := held.Bytes()
+		if n == 0 || answer[0] != '{' || !json.Valid(answer) {
+			return errEngineFailed
+		}
+		return x.answer(http.StatusOK, answer)
+	case err != nil:
+		return err
+	}
+	x.start(http.StatusOK, "application/json")
+	if err := x.write(held.Bytes()); err != nil {
+		return err
+	}
+	buf := held.Bytes()[:16<<10]
+	for {
+		n, err := src.Read(buf)
+		if n > 0 {
+			if err := x.write(buf[:n]); err != nil {
+				return err
+			}
+		}
+		switch {
+		case err == io.EOF:
+			return nil
+		case err != nil:
+			return err
+		}
+	}
+}
+
+// engineRefusal turns an engine's error into the client's. What the engine says
+// about the client's own request is passed on as a bounded message; what it says
+// about itself is not.
+func engineRefusal(status int, src io.Reader) error {
+	switch status {
+	case http.StatusBadRequest, http.StatusRequestEntityTooLarge, http.StatusUnprocessableEntity:
+	case http.StatusNotImplemented:
+		return errNotSupported
+	case http.StatusServiceUnavailable:
+		return errNotReady
+	default:
+		return errEngineFailed
+	}
+	body, err := io.ReadAll(io.LimitReader(src, 64<<10))
+	if err != nil {
+		return err
+	}
+	var said struct {
+		Error struct {
+			Message string `json:"message"`
+		} `json:"error"`
+	}
+	message := "the engine refused the request"
+	if json.Unmarshal(body, &said) == nil && said.Error.Message != "" {
+		message += ": " + said.Error.Message
+	}
+	if len(message) > maxMessage {
+		message = strings.ToValidUTF8(message[:maxMessage], "")
+	}
+	if !utf8.ValidString(message) {
+		return errEngineFailed
+	}
+	return &apiError{status: status, code: "engine_refused", message: message, engine: true}
+}

@@ -1,0 +1,146 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+)
+
+// pciDevice is a device that a VM may have. IDs are as sysfs writes them. A
+// driver of "" means that nothing may be bound to it.
+type pciDevice struct {
+	vendor, device string // device "" is any
+	class          string // prefix of the class code, base class first
+	driver         string
+	gpu            bool
+	what           string
+}
+
+// pciDevices is the whole list: what the launcher's q35 machine has and
+// nothing else. A device that is not on it ends the VM, because its driver
+// would be one more reader of what the host writes.
+var pciDevices = []pciDevice{
+	{vendor: "0x8086", device: "0x29c0", class: "0x0600", what: "q35 host bridge"},
+	{vendor: "0x8086", device: "0x2918", class: "0x0601", what: "ICH9 LPC bridge"},
+	{vendor: "0x8086", device: "0x2922", class: "0x0106", what: "ICH9 SATA controller, always there and never bound"},
+	{vendor: "0x8086", device: "0x2930", class: "0x0c05", what: "ICH9 SMBus"},
+	{vendor: "0x1b36", device: "0x000c", class: "0x0604", driver: "pcieport", what: "PCIe root port"},
+	{vendor: "0x1af4", device: "0x1042", class: "0x0100", driver: "virtio-pci", what: "virtio block"},
+	{vendor: "0x1af4", device: "0x1053", class: "0x0780", driver: "virtio-pci", what: "virtio vsock"},
+	{vendor: "0x1af4", device: "0x1053", class: "0x0280", driver: "virtio-pci", what: "virtio vsock"},
+	{vendor: "0x10de", class: "0x0302", gpu: true, what: "NVIDIA GPU"},
+}
+
+// virtioDrivers names the driver for each virtio device type that may be used
+// (VIRTIO 1.3, section 5).
+var virtioDrivers = map[string]string{
+	"0x0002": "virtio_blk",
+	"0x0013": "vmw_vsock_virtio_transport",
+}
+
+// stopAutoBinding makes the kernel leave devices alone unless the agent binds
+// them.
+func stopAutoBinding() error {
+	for _, bus := range []string{"pci", "virtio"} {
+		path := "/sys/bus/" + bus + "/drivers_autoprobe"
+		if err := os.WriteFile(path, []byte("0"), 0); err != nil {
+			return fmt.Errorf("stop the %s bus from binding drivers: %w", bus, err)
+		}
+	}
+	return nil
+}
+
+// checkDevices compares every PCI and virtio device with the tables, and what
+// is bound to it. It returns the number of GPUs.
+func checkDevices() (gpus int, err error) {
+	devices, err := filepath.Glob("/sys/bus/pci/devices/*")
+	if err != nil {
+		return 0, err
+	}
+	for _, dir := range devices {
+		vendor, device, class := attribute(dir, "vendor"), attribute(dir, "device"), attribute(dir, "class")
+		i := slices.IndexFunc(pciDevices, func(d pciDevice) bool {
+			return d.vendor == vendor && (d.device == "" || d.device == device) && strings.HasPrefix(class, d.class)
+		})
+		if i < 0 {
+			return 0, fmt.Errorf("PCI device %s (%s:%s class %s) is not one that a VM may have", filepath.Base(dir), vendor, device, class)
+		}
+		known := pciDevices[i]
+		if known.gpu {
+			gpus++
+		}
+		if driver := boundDriver(dir); driver != "" && driver != known.driver {
+			return 0, fmt.Errorf("PCI device %s (%s) is bound to %s", filepath.Base(dir), known.what, driver)
+		}
+	}
+	devices, err = filepath.Glob("/sys/bus/virtio/devices/*")
+	if err != nil {
+		return 0, err
+	}
+	for _, dir := range devices {
+		want, ok := virtioDrivers[attribute(dir, "device")]
+		if !ok {
+			return 0, fmt.Errorf("virtio device %s of type %s is not one that a VM may have", filepath.Base(dir), attribute(dir, "device"))
+		}
+		if driver := boundDriver(dir); driver != "" && driver != want {
+			return 0, fmt.Errorf("virtio device %s is bound to %s", filepath.Base(dir), driver)
+		}
+	}
+	return gpus, nil
+}
+
+// bindDevices binds each virtio device to the driver of the table.
+func bindDevices() error {
+	devices, err := filepath.Glob("/sys/bus/virtio/devices/*")
+	if err != nil {
+		return err
+	}
+	for _, dir := range devices {
+		driver := virtioDrivers[attribute(dir, "device")]
+		name := filepath.Base(dir)
+		if driver == "" || boundDriver(dir) != "" {
+			continue
+		}
+		if err := os.WriteFile("/sys/bus/virtio/drivers/"+driver+"/bind", []byte(name), 0); err != nil {
+			return fmt.Errorf("bind %s to %s: %w", name, driver, err)
+		}
+	}
+	return nil
+}
+
+// blockDevices lists the disks that the host attached, by name.
+func blockDevices() ([]string, error) {
+	entries, err := os.ReadDir("/sys/block")
+	if err != nil {
+		return nil, fmt.Errorf("list the disks: %w", err)
+	}
+	var paths []string
+	for _, e := range entries {
+		// Only what sits on a bus: no device-mapper, loop or RAM disks.
+		if _, err := os.Stat(filepath.Join("/sys/block", e.Name(), "device")); err == nil {
+			paths = append(paths, "/dev/"+e.Name())
+		} else if !errors.Is(err, os.ErrNotExist) {
+			return nil, fmt.Errorf("look at disk %s: %w", e.Name(), err)
+		}
+	}
+	return paths, nil
+}
+
+func attribute(dir, name string) string {
+	data, err := os.ReadFile(filepath.Join(dir, name))
+	if err != nil {
+		return ""
+	}
+	return strings.TrimSpace(string(data))
+}
+
+func boundDriver(dir string) string {
+	link, err := os.Readlink(filepath.Join(dir, "driver"))
+	if err != nil {
+		return ""
+	}
+	return filepath.Base(link)
+}

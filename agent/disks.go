@@ -1,0 +1,155 @@
+package main
+
+import (
+	"context"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+
+	"golang.org/x/sys/unix"
+
+	"chrysalis/guest"
+	"chrysalis/image/profile"
+	"chrysalis/manifest"
+	"chrysalis/verity"
+	"chrysalis/verity/gpt"
+)
+
+// readManifest takes the manifest from the one disk that carries one.
+func (a *agent) readManifest(context.Context) error {
+	disks, err := blockDevices()
+	if err != nil {
+		return err
+	}
+	var found []byte
+	for _, path := range disks {
+		data, err := readManifestDisk(path)
+		switch {
+		case err != nil:
+			log.printf("%s carries no manifest: %v", path, err)
+		case found != nil:
+			return errors.New("several disks carry a manifest")
+		default:
+			found = data
+		}
+	}
+	if found == nil {
+		return fmt.Errorf("none of %d disks carries a manifest", len(disks))
+	}
+	a.manifest, err = manifest.Parse(found)
+	return because(guest.ReasonManifestInvalid, err)
+}
+
+func readManifestDisk(path string) ([]byte, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	size, err := f.Seek(0, io.SeekEnd)
+	if err != nil {
+		return nil, err
+	}
+	return gpt.ReadManifestDisk(f, size)
+}
+
+// openDisks activates and mounts the engine disk and the model disks, and
+// watches them from then on.
+func (a *agent) openDisks(ctx context.Context) (err error) {
+	if a.engine, err = a.openDisk("engine", a.manifest.Engine); err != nil {
+		return fmt.Errorf("engine disk: %w", err)
+	}
+	for i, m := range a.manifest.Models {
+		path, err := a.openDisk(fmt.Sprintf("model-%d", i), m.Disk)
+		if err != nil {
+			return fmt.Errorf("model disk %s: %w", m.ID(), err)
+		}
+		a.models = append(a.models, path)
+	}
+	a.background(guest.ReasonDiskCorrupt, func() error {
+		return verity.Watch(ctx, a.devices, func(*verity.Device) {})
+	})
+	data, err := readBounded(filepath.Join(a.engine, profile.Path), profile.MaxSize)
+	if err != nil {
+		return a.diskError(fmt.Errorf("read the engine's profile: %w", err))
+	}
+	a.profile, err = profile.Parse(data)
+	return err
+}
+
+// openDisk finds a disk by its root hash and mounts it; it returns where.
+func (a *agent) openDisk(name string, d manifest.Disk) (string, error) {
+	root, err := verity.ParseRootHash(d.RootHash)
+	if err != nil {
+		return "", err
+	}
+	salt, err := hex.DecodeString(d.Salt)
+	if err != nil {
+		return "", err
+	}
+	candidates, err := blockDevices()
+	if err != nil {
+		return "", err
+	}
+	device, err := verity.Params{RootHash: root, Salt: salt, DataBlocks: uint64(d.DataBlocks)}.Find(name, candidates)
+	switch {
+	case errors.Is(err, verity.ErrNotFound), errors.Is(err, verity.ErrInvalid):
+		return "", because(guest.ReasonDiskMissing, err)
+	case errors.Is(err, verity.ErrCorrupt):
+		return "", because(guest.ReasonDiskCorrupt, err)
+	case err != nil:
+		return "", err
+	}
+	a.devices = append(a.devices, device)
+	path := "/run/disks/" + name
+	if err := os.MkdirAll(path, 0o755); err != nil {
+		return "", err
+	}
+	flags := uintptr(unix.MS_RDONLY | unix.MS_NOSUID | unix.MS_NODEV)
+	if name != "engine" {
+		flags |= unix.MS_NOEXEC
+	}
+	if err := unix.Mount(device.Path, path, "erofs", flags, ""); err != nil {
+		return "", a.diskError(fmt.Errorf("mount: %w", err))
+	}
+	return path, nil
+}
+
+// diskError says that a disk is corrupt if the kernel has met a bad block on
+// one, whatever the error looks like from here.
+func (a *agent) diskError(err error) error {
+	if a.diskCorrupt() {
+		return because(guest.ReasonDiskCorrupt, err)
+	}
+	return err
+}
+
+// diskCorrupt reports whether the kernel has met a bad block on any disk.
+func (a *agent) diskCorrupt() bool {
+	for _, d := range a.devices {
+		if corrupt, err := d.Corrupted(); corrupt || err != nil {
+			return true
+		}
+	}
+	return false
+}
+
+// readBounded reads a file of at most limit bytes.
+func readBounded(path string, limit int64) ([]byte, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	data, err := io.ReadAll(io.LimitReader(f, limit+1))
+	if err != nil {
+		return nil, err
+	}
+	if int64(len(data)) > limit {
+		return nil, fmt.Errorf("%s is larger than %d bytes", path, limit)
+	}
+	return data, nil
+}

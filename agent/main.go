@@ -1,0 +1,101 @@
+// Command agent is PID 1 of a Chrysalis VM: the only program in its initrd. It
+// checks and opens what the manifest names, starts the engine in a sandbox, and
+// serves clients over vsock and TLS. phases.go is the boot, top to bottom.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"chrysalis/guest"
+)
+
+func main() {
+	if len(os.Args) == 1 && os.Args[0] == engineArg {
+		fmt.Fprintln(os.Stderr, "chrysalis: the engine could not be started:", enterSandbox())
+		os.Exit(sandboxExit)
+	}
+	if os.Getpid() != 1 {
+		fmt.Fprintln(os.Stderr, "chrysalis agent: runs as PID 1 of a VM and nowhere else")
+		os.Exit(2)
+	}
+	a := newAgent(time.Now(), kernelTime())
+	a.guard(func() {
+		a.end(a.boot(context.Background()))
+	})
+}
+
+// fault is an error together with the reason that the host is told.
+type fault struct {
+	reason guest.Reason
+	err    error
+}
+
+func (f *fault) Error() string { return f.err.Error() }
+func (f *fault) Unwrap() error { return f.err }
+
+// because gives an error a reason, unless it has one already.
+func because(reason guest.Reason, err error) error {
+	var f *fault
+	if err == nil || errors.As(err, &f) {
+		return err
+	}
+	return &fault{reason, err}
+}
+
+// guard runs f and ends the VM if it panics. Every goroutine of the agent
+// starts with it.
+func (a *agent) guard(f func()) {
+	defer func() {
+		if p := recover(); p != nil {
+			a.end(&fault{guest.ReasonPanic, fmt.Errorf("panic: %v", p)})
+		}
+	}()
+	f()
+}
+
+// endGrace is how long a VM that ends waits for its host to read the reason.
+const endGrace = 3 * time.Second
+
+// end ends the VM. It is the only way out, from wherever it is called: the
+// reason is told, the engine is killed, the machine is powered off.
+func (a *agent) end(err error) {
+	a.ending.Lock() // the first caller wins; it never unlocks
+	reason := guest.ReasonPanic
+	var f *fault
+	if errors.As(err, &f) {
+		reason = f.reason
+	}
+	log.printf("the VM ends: %s: %v", reason, err)
+	a.state.End(reason)
+	a.killEngine()
+	ctx, cancel := context.WithTimeout(context.Background(), endGrace)
+	defer cancel()
+	a.state.WaitDelivered(ctx)
+	powerOff()
+}
+
+// powerOff never returns. Nothing is mounted for writing, so there is nothing
+// to flush.
+func powerOff() {
+	for {
+		_ = unix.Reboot(unix.LINUX_REBOOT_CMD_POWER_OFF)
+		// It cannot fail for PID 1. If it did, ending PID 1 is what is left: the
+		// kernel panics, and panic=-1 ends the machine.
+		os.Exit(1)
+	}
+}
+
+// kernelTime is the time since the kernel's start.
+func kernelTime() time.Duration {
+	var ts unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &ts); err != nil {
+		return 0
+	}
+	return time.Duration(ts.Nano())
+}

@@ -1,0 +1,239 @@
+package main
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"os"
+	"sync"
+	"time"
+
+	"chrysalis/agent/api"
+	"chrysalis/agent/port"
+	"chrysalis/guest"
+	"chrysalis/image/profile"
+	"chrysalis/manifest"
+	"chrysalis/verity"
+)
+
+// phases is the boot. They run in this order; the first error ends the VM with
+// the phase's reason, or the one that the error carries.
+var phases = []struct {
+	name   guest.Phase
+	reason guest.Reason
+	run    func(*agent, context.Context) error
+}{
+	{guest.PhaseMounts, guest.ReasonMounts, (*agent).mount},
+	{guest.PhaseDevices, guest.ReasonDevice, (*agent).checkHardware},
+	{guest.PhaseModules, guest.ReasonModules, (*agent).loadModules},
+	{guest.PhasePlatform, guest.ReasonPlatform, (*agent).findPlatform},
+	{guest.PhaseManifest, guest.ReasonManifestMissing, (*agent).readManifest},
+	{guest.PhaseDisks, guest.ReasonDiskFormat, (*agent).openDisks},
+	{guest.PhaseGPU, guest.ReasonGPU, (*agent).checkGPUs},
+	{guest.PhaseLockdown, guest.ReasonLockdown, (*agent).lockDown},
+	{guest.PhaseEngine, guest.ReasonEngineStart, (*agent).startEngine},
+	{guest.PhaseIdentity, guest.ReasonIdentity, (*agent).makeIdentity},
+	{guest.PhaseServe, guest.ReasonServe, (*agent).serve},
+}
+
+// agent is what the phases hand on to each other.
+type agent struct {
+	ending   sync.Mutex
+	state    *port.State
+	counters api.Counters
+
+	image     imageInfo          // mounts
+	platform  platform           // platform
+	manifest  *manifest.Manifest // manifest
+	engine    string             // disks: mount point of the engine disk
+	models    []string           // disks: mount points of the model disks
+	devices   []*verity.Device   // disks
+	profile   *profile.Profile   // disks
+	gpus      int                // devices: how many there are
+	child     *supervisor        // engine
+	engineLog port.Log           // engine: its output
+	status    *port.Status       // modules: the status port
+	identity  tls.Certificate    // identity
+	server    *api.Server        // serve
+}
+
+func newAgent(start time.Time, kernel time.Duration) *agent {
+	a := &agent{}
+	a.state = port.NewState(imageName, start, kernel, a.count)
+	return a
+}
+
+// boot runs the phases. It returns only when one of them fails.
+func (a *agent) boot(ctx context.Context) error {
+	for _, phase := range phases {
+		a.state.Begin(phase.name)
+		log.printf("phase %s", phase.name)
+		if err := because(phase.reason, phase.run(a, ctx)); err != nil {
+			return fmt.Errorf("phase %s: %w", phase.name, err)
+		}
+	}
+	a.state.FinishPhase()
+	select {} // whatever ends the VM from here on calls end
+}
+
+// background runs something for as long as the VM lives. Its end ends the VM.
+func (a *agent) background(reason guest.Reason, run func() error) {
+	go a.guard(func() {
+		err := run()
+		if err == nil {
+			err = errors.New("it ended by itself")
+		}
+		a.end(because(reason, err))
+	})
+}
+
+// mount checks the initrd, then makes the kernel's file systems available.
+func (a *agent) mount(context.Context) error {
+	if err := because(guest.ReasonInitrd, checkInitrd()); err != nil {
+		return err
+	}
+	for i, m := range mounts {
+		if err := m.do(); err != nil {
+			return err
+		}
+		if i == 0 {
+			if err := quietConsole(); err != nil {
+				return err
+			}
+		}
+	}
+	go a.guard(reaper.run)
+	ignoreSignals()
+	var err error
+	if a.image, err = readImageInfo(); err != nil {
+		return because(guest.ReasonInitrd, err)
+	}
+	return because(guest.ReasonCommandLine, a.image.checkCommandLine())
+}
+
+// checkHardware refuses every device that the table does not have, before any
+// driver of ours is loaded.
+func (a *agent) checkHardware(context.Context) (err error) {
+	if err := stopAutoBinding(); err != nil {
+		return err
+	}
+	a.gpus, err = checkDevices()
+	return err
+}
+
+// loadModules loads the drivers, binds the devices, and opens the status port:
+// from here on the host can be told what goes wrong.
+func (a *agent) loadModules(context.Context) error {
+	if err := loadModules("/modules", hasTDX()); err != nil {
+		return err
+	}
+	if err := because(guest.ReasonDevice, bindDevices()); err != nil {
+		return err
+	}
+	ln, err := listen(guest.PortStatus)
+	if err != nil {
+		return because(guest.ReasonServe, err)
+	}
+	a.status = port.NewStatus(a.state, &a.engineLog)
+	a.background(guest.ReasonServe, func() error { return a.status.Serve(ln) })
+	return nil
+}
+
+// findPlatform finds what evidence will come from.
+func (a *agent) findPlatform(context.Context) (err error) {
+	a.platform, err = findPlatform()
+	return err
+}
+
+// checkGPUs compares the GPUs that are there with the manifest.
+func (a *agent) checkGPUs(context.Context) error {
+	if a.gpus != a.manifest.GPUs {
+		return fmt.Errorf("the VM has %d GPUs, the manifest requires %d", a.gpus, a.manifest.GPUs)
+	}
+	if a.gpus > 0 {
+		return fmt.Errorf("engine disk %s carries no GPU driver", a.profile.Name)
+	}
+	return nil
+}
+
+// lockDown closes the kernel before anything runs that the client's policy has
+// not measured into the image.
+func (a *agent) lockDown(context.Context) error { return lockDown() }
+
+// makeIdentity makes the TLS key, which never leaves the VM.
+func (a *agent) makeIdentity(context.Context) (err error) {
+	a.identity, err = newIdentity()
+	return err
+}
+
+// serve opens the ports for clients and for the host's requests.
+func (a *agent) serve(context.Context) error {
+	gpus, err := checkDevices()
+	if err == nil && gpus != a.manifest.GPUs {
+		err = fmt.Errorf("the VM has %d GPUs, the manifest requires %d", gpus, a.manifest.GPUs)
+	}
+	if err != nil {
+		return because(guest.ReasonDevice, err)
+	}
+
+	inference, err := listen(guest.PortInference)
+	if err != nil {
+		return err
+	}
+	a.server = api.New(api.Config{
+		Models:      a.manifest.Models,
+		Limits:      a.manifest.Limits,
+		Certificate: a.identity,
+		Engine:      a.child.dial,
+		Ready:       a.child.ready,
+		FirstClient: a.status.CloseLog,
+		Counters:    &a.counters,
+	})
+	a.background(guest.ReasonServe, func() error { return a.server.Serve(inference) })
+
+	control, err := listen(guest.PortControl)
+	if err != nil {
+		return err
+	}
+	a.background(guest.ReasonServe, func() error {
+		return (&port.Control{Host: isHost, Handle: a.control}).Serve(control)
+	})
+	a.state.SetReady(true)
+	return nil
+}
+
+// stopGrace is how long requests may go on after the host has asked to stop.
+const stopGrace = 2 * time.Second
+
+// control carries out what the host asks for.
+func (a *agent) control(r guest.ControlRequest) (guest.ControlReply, func()) {
+	switch r.Op {
+	case guest.OpDrain:
+		a.state.Drain()
+		a.server.Drain()
+		return guest.ControlReply{OK: true, Active: a.server.Active()}, nil
+	case guest.OpStop:
+		return guest.ControlReply{OK: true, Active: a.server.Active()}, func() {
+			// Let what was answered reach its clients; the host drained before if it
+			// wanted more than that.
+			ctx, cancel := context.WithTimeout(context.Background(), stopGrace)
+			defer cancel()
+			_ = a.server.Shutdown(ctx)
+			a.end(&fault{guest.ReasonStopped, errors.New("the host asked for it")})
+		}
+	default:
+		return guest.ControlReply{Error: port.ErrorUnknownOp}, nil
+	}
+}
+
+// count fills the counters of a status document.
+func (a *agent) count() guest.CounterTable {
+	var t guest.CounterTable
+	a.counters.Fill(&t)
+	if a.child != nil {
+		t.EngineRestarts = a.child.restarts.Load()
+	}
+	t.AgentRSSKiB, t.AgentPeakKiB = residentMemory(os.Getpid())
+	return t
+}

@@ -1,0 +1,86 @@
+// Package port serves what a VM's vsock ports have in common, and the two that
+// its host talks to: the read-only status port and the control port.
+//
+// Both face the untrusted host. They give out enumerated values and coarse
+// counters, plus the engine's own output until the first client connects; they
+// take in two words. Nothing that a peer does or leaves undone here can hold up
+// the agent: every buffer is bounded, every write has a deadline, and no lock is
+// held while a byte moves.
+package port
+
+import (
+	"net"
+	"sync"
+	"sync/atomic"
+
+	"chrysalis/guest"
+)
+
+// Bound wraps a raw vsock listener. Its connections write at most
+// guest.MaxChunk bytes at a time, so it belongs below TLS: above it, records of
+// up to 16,406 bytes would be put together again. At most max connections are
+// open at a time; more are closed at once, because one that waits in the backlog
+// looks to its client like a VM that hangs. accepted, if not nil, is called for
+// each connection that is let in, before a byte of it is read.
+func Bound(ln net.Listener, max int, accepted func()) net.Listener {
+	return &boundListener{Listener: ln, slots: make(chan struct{}, max), accepted: accepted}
+}
+
+type boundListener struct {
+	net.Listener
+	slots    chan struct{}
+	accepted func()
+}
+
+func (l *boundListener) Accept() (net.Conn, error) {
+	for {
+		conn, err := l.Listener.Accept()
+		if err != nil {
+			return nil, err
+		}
+		select {
+		case l.slots <- struct{}{}:
+		default:
+			conn.Close()
+			continue
+		}
+		if l.accepted != nil {
+			l.accepted()
+		}
+		return &boundConn{Conn: conn, release: func() { <-l.slots }}, nil
+	}
+}
+
+// boundConn has no ReadFrom, although the connection below may: that one would
+// write pieces of its own size.
+type boundConn struct {
+	net.Conn
+	once    sync.Once
+	release func()
+	broken  atomic.Bool
+}
+
+// Write fails for good once it has failed: bytes are missing from the stream.
+// Without this crypto/tls tries for 5 s to say goodbye to a peer that reads
+// nothing, and its request keeps its place in the engine meanwhile.
+func (c *boundConn) Write(p []byte) (int, error) {
+	if c.broken.Load() {
+		return 0, net.ErrClosed
+	}
+	written := 0
+	for {
+		n, err := c.Conn.Write(p[written:min(len(p), written+guest.MaxChunk)])
+		written += n
+		if err != nil {
+			c.broken.Store(true)
+		}
+		if err != nil || written == len(p) {
+			return written, err
+		}
+	}
+}
+
+func (c *boundConn) Close() error {
+	c.once.Do(c.release)
+	return c.Conn.Close()
+}

@@ -1,0 +1,535 @@
+package port
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"io"
+	"net"
+	"net/http"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"chrysalis/guest"
+)
+
+func eventually(t testing.TB, what string, ok func() bool) {
+	t.Helper()
+	for end := time.Now().Add(5 * time.Second); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
+		if ok() {
+			return
+		}
+	}
+	stacks := make([]byte, 64<<10)
+	t.Errorf("not within 5 s: %s\n%s", what, stacks[:runtime.Stack(stacks, true)])
+}
+
+func noGoroutineLeft(t testing.TB) {
+	before := runtime.NumGoroutine()
+	t.Cleanup(func() {
+		eventually(t, "no goroutine is left", func() bool { return runtime.NumGoroutine() <= before })
+	})
+}
+
+func listen(t testing.TB) (net.Listener, func() net.Conn) {
+	t.Helper()
+	ln, err := net.Listen("unix", filepath.Join(t.TempDir(), "s"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return ln, func() net.Conn {
+		conn, err := net.Dial("unix", ln.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { conn.Close() })
+		return conn
+	}
+}
+
+type statusBench struct {
+	*Status
+	state  *State
+	client *http.Client
+	dial   func() net.Conn
+}
+
+func startStatus(t *testing.T) *statusBench {
+	noGoroutineLeft(t)
+	ln, dial := listen(t)
+	state := NewState("chrysalis", time.Now(), 4200*time.Millisecond, func() guest.CounterTable {
+		return guest.CounterTable{Requests: 7, AgentRSSKiB: 2}
+	})
+	s := NewStatus(state, new(Log))
+	done := make(chan error, 1)
+	go func() { done <- s.Serve(ln) }()
+	transport := &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "unix", ln.Addr().String())
+	}}
+	t.Cleanup(func() {
+		transport.CloseIdleConnections()
+		s.Close()
+		if err := <-done; err != http.ErrServerClosed {
+			t.Errorf("Serve returned %v", err)
+		}
+	})
+	return &statusBench{s, state, &http.Client{Transport: transport}, dial}
+}
+
+func (b *statusBench) get(t *testing.T, path string) (int, string) {
+	t.Helper()
+	resp, err := b.client.Get("http://vm" + path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	body, err := io.ReadAll(resp.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return resp.StatusCode, string(body)
+}
+
+func TestStatus(t *testing.T) {
+	b := startStatus(t)
+	b.state.Begin(guest.PhaseMounts)
+	b.state.Begin(guest.PhaseServe)
+	b.state.FinishPhase()
+	b.state.SetReady(true)
+	code, body := b.get(t, "/status")
+	var got guest.Status
+	if err := json.Unmarshal([]byte(body), &got); err != nil || code != 200 {
+		t.Fatalf("%d %q: %v", code, body, err)
+	}
+	if got.Version != 1 || got.Image != "chrysalis" || got.Phase != guest.PhaseServe || !got.Ready || got.Draining ||
+		got.KernelMS != 4200 || len(got.Phases) != 2 || got.Phases[1].Name != guest.PhaseServe || got.Counters.Requests != 7 {
+		t.Errorf("got %+v", got)
+	}
+	b.state.Drain()
+	b.state.End(guest.ReasonDiskCorrupt)
+	b.state.End(guest.ReasonPanic)
+	if s := b.state.Status(); s.Reason != guest.ReasonDiskCorrupt || s.Ready || !s.Draining {
+		t.Errorf("got %+v", s)
+	}
+}
+
+func TestMetrics(t *testing.T) {
+	b := startStatus(t)
+	b.state.Begin(guest.PhaseDisks)
+	b.state.Begin(guest.PhaseServe)
+	b.state.End(guest.ReasonStopped)
+	code, body := b.get(t, "/metrics")
+	for _, line := range []string{
+		`chrysalis_info{image="chrysalis"} 1`, `chrysalis_phase{phase="serve"} 1`, `chrysalis_phase{phase="disks"} 0`,
+		`chrysalis_phase_seconds{phase="disks"} 0`, `chrysalis_ending{reason="stopped"} 1`, `chrysalis_ready 0`,
+		`chrysalis_kernel_seconds 4.2`, `chrysalis_requests_total 7`, `chrysalis_agent_resident_bytes 2048`,
+		`# TYPE chrysalis_engine_restarts_total counter`,
+	} {
+		if !strings.Contains(body, line+"\n") {
+			t.Errorf("no line %s", line)
+		}
+	}
+	if code != 200 {
+		t.Errorf("got %d", code)
+	}
+	seen := map[string]bool{}
+	for line := range strings.Lines(body) {
+		name := strings.FieldsFunc(line, func(r rune) bool { return r == ' ' || r == '{' })[0]
+		if name != "#" && !strings.HasPrefix(name, "chrysalis_") {
+			t.Errorf("line %q", line)
+		}
+		if strings.HasPrefix(line, "# TYPE") {
+			if seen[line] {
+				t.Errorf("twice: %q", line)
+			}
+			seen[line] = true
+		}
+	}
+}
+
+func TestStatusRefuses(t *testing.T) {
+	b := startStatus(t)
+	for _, test := range []struct {
+		name, request string
+		want          int
+	}{
+		{"root", "GET / HTTP/1.1\r\nHost: x\r\n\r\n", 404},
+		{"slash", "GET /status/ HTTP/1.1\r\nHost: x\r\n\r\n", 404},
+		{"query", "GET /status?a HTTP/1.1\r\nHost: x\r\n\r\n", 404},
+		{"post", "POST /status HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n", 405},
+		{"options", "OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n", 404},
+		{"body", "GET /status HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\nxx", 400},
+		{"header", "GET /status HTTP/1.1\r\nHost: x\r\nA: " + strings.Repeat("a", 4<<10) + "\r\n\r\n", 431},
+		{"nonsense", "\x00\x01\x02\r\n\r\n", 400},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			conn := b.dial()
+			go io.WriteString(conn, test.request)
+			conn.SetReadDeadline(time.Now().Add(5 * time.Second))
+			resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
+			if err != nil || resp.StatusCode != test.want {
+				t.Fatalf("got %v, %v, want %d", resp, err, test.want)
+			}
+			// The socket resets where the server closed with bytes unread.
+			if _, err := io.Copy(io.Discard, resp.Body); err != nil && !strings.Contains(err.Error(), "reset") {
+				t.Error(err)
+			}
+		})
+	}
+}
+
+func TestStatusConnectionLimit(t *testing.T) {
+	b := startStatus(t)
+	var conns []net.Conn
+	for range statusConnections {
+		conn := b.dial()
+		conns = append(conns, conn)
+		io.WriteString(conn, "GET /events HTTP/1.1\r\nHost: x\r\n\r\n")
+		if _, err := conn.Read(make([]byte, 1)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	extra := b.dial()
+	extra.SetReadDeadline(time.Now().Add(5 * time.Second))
+	if _, err := extra.Read(make([]byte, 1)); err != io.EOF && !errors.Is(err, net.ErrClosed) && !strings.Contains(err.Error(), "reset") {
+		t.Errorf("one too many got %v", err)
+	}
+	conns[0].Close()
+	eventually(t, "there is room again", func() bool {
+		resp, err := b.client.Get("http://vm/status")
+		if err == nil {
+			resp.Body.Close()
+		}
+		return err == nil
+	})
+}
+
+// events opens /events and returns a function that reads the next line.
+func (b *statusBench) events(t *testing.T) (next func() (guest.Status, error), hangUp func()) {
+	t.Helper()
+	resp, err := b.client.Get("http://vm/events")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { resp.Body.Close() })
+	lines := bufio.NewReader(resp.Body)
+	return func() (s guest.Status, err error) {
+		line, err := lines.ReadBytes('\n')
+		if err == nil {
+			err = json.Unmarshal(line, &s)
+		}
+		return s, err
+	}, func() { resp.Body.Close() }
+}
+
+func TestEvents(t *testing.T) {
+	b := startStatus(t)
+	b.state.Begin(guest.PhaseEngine)
+	next, hangUp := b.events(t)
+	if s, err := next(); err != nil || s.Phase != guest.PhaseEngine {
+		t.Fatalf("now: %+v, %v", s, err)
+	}
+	b.state.Begin(guest.PhaseServe)
+	if s, err := next(); err != nil || s.Phase != guest.PhaseServe || len(s.Phases) != 1 {
+		t.Fatalf("at a change: %+v, %v", s, err)
+	}
+	at := time.Now()
+	if _, err := next(); err != nil || time.Since(at) > eventInterval+time.Second {
+		t.Fatalf("in between: %v after %v", err, time.Since(at))
+	}
+	short, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	if b.state.WaitDelivered(short) {
+		t.Error("delivered without a reason")
+	}
+	b.state.End(guest.ReasonDiskCorrupt)
+	if s, err := next(); err != nil || s.Reason != guest.ReasonDiskCorrupt {
+		t.Fatalf("the reason: %+v, %v", s, err)
+	}
+	hangUp()
+	if !b.state.WaitDelivered(t.Context()) {
+		t.Error("not delivered")
+	}
+}
+
+// A reader that does not hang up is given a moment, and then the stream ends.
+func TestReasonEndsEvents(t *testing.T) {
+	b := startStatus(t)
+	b.state.End(guest.ReasonMounts)
+	next, _ := b.events(t)
+	if s, err := next(); err != nil || s.Reason != guest.ReasonMounts {
+		t.Fatalf("%+v, %v", s, err)
+	}
+	if _, err := next(); err != io.EOF {
+		t.Errorf("then %v", err)
+	}
+	if !b.state.WaitDelivered(t.Context()) {
+		t.Error("not delivered")
+	}
+}
+
+func TestNobodyReadsTheReason(t *testing.T) {
+	b := startStatus(t)
+	conn := b.dial()
+	io.WriteString(conn, "GET /events HTTP/1.1\r\nHost: x\r\n\r\n") // and never reads
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for range 20_000 { // far more than a socket holds
+			b.state.SetReady(true)
+		}
+	}()
+	select {
+	case <-done:
+	case <-time.After(5 * time.Second):
+		t.Error("a slow reader holds up the agent")
+	}
+	<-done
+
+	none := NewState("chrysalis", time.Now(), 0, nil)
+	none.End(guest.ReasonMounts)
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
+	defer cancel()
+	if none.WaitDelivered(ctx) {
+		t.Error("delivered to nobody")
+	}
+}
+
+func TestEngineLog(t *testing.T) {
+	b := startStatus(t)
+	b.log.Write([]byte("before "))
+	resp, err := b.client.Get("http://vm/engine-log")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	got := make([]byte, len("before after"))
+	if _, err := io.ReadFull(resp.Body, got[:7]); err != nil {
+		t.Fatal(err)
+	}
+	b.log.Write([]byte("after"))
+	if _, err := io.ReadFull(resp.Body, got[7:]); err != nil || string(got) != "before after" {
+		t.Fatalf("got %q, %v", got, err)
+	}
+	b.CloseLog()
+	b.CloseLog()
+	if rest, err := io.ReadAll(resp.Body); err != nil || len(rest) != 0 {
+		t.Errorf("then %q, %v", rest, err)
+	}
+	if n, err := b.log.Write([]byte("secret")); n != 6 || err != nil {
+		t.Errorf("Write returned %d, %v", n, err)
+	}
+	if code, body := b.get(t, "/engine-log"); code != 410 || strings.Contains(body, "before") || strings.Contains(body, "secret") {
+		t.Errorf("got %d %q", code, body)
+	}
+}
+
+func TestLogRing(t *testing.T) {
+	var all bytes.Buffer
+	l := new(Log)
+	for _, size := range []int{1, 100, LogSize - 200, 150, LogSize, LogSize + 7, 3, 3*LogSize + 1, 5} {
+		p := make([]byte, size)
+		for i := range p {
+			p[i] = byte(all.Len() + i*i)
+		}
+		all.Write(p)
+		if n, err := l.Write(p); n != size || err != nil {
+			t.Fatalf("Write returned %d, %v", n, err)
+		}
+		want := all.Bytes()[max(0, all.Len()-LogSize):]
+		var got []byte
+		buf := make([]byte, 1000)
+		for at := int64(0); ; {
+			n, next, more, _ := l.read(at, buf)
+			if n == 0 {
+				if more == nil || next != int64(all.Len()) {
+					t.Fatalf("at the end: %v, %d", more, next)
+				}
+				break
+			}
+			got, at = append(got, buf[:n]...), next
+		}
+		if !bytes.Equal(got, want) {
+			t.Fatalf("after %d bytes: got %d, want the last %d", all.Len(), len(got), len(want))
+		}
+	}
+	l.Close()
+	if n, _, _, closed := l.read(0, make([]byte, 1)); n != 0 || !closed || l.ring != nil {
+		t.Error("it remembers")
+	}
+}
+
+type countingConn struct {
+	net.Conn
+	longest int
+	fail    bool
+}
+
+func (c *countingConn) Write(p []byte) (int, error) {
+	c.longest = max(c.longest, len(p))
+	if c.fail {
+		return len(p) / 2, io.ErrClosedPipe
+	}
+	return len(p), nil
+}
+
+func TestBoundWrites(t *testing.T) {
+	for _, size := range []int{0, 1, guest.MaxChunk, guest.MaxChunk + 1, 64 << 10, 100_000} {
+		raw := new(countingConn)
+		n, err := (&boundConn{Conn: raw}).Write(make([]byte, size))
+		if n != size || err != nil || raw.longest != min(size, guest.MaxChunk) {
+			t.Errorf("%d bytes: wrote %d, %v, at most %d at once", size, n, err, raw.longest)
+		}
+	}
+	raw := &countingConn{fail: true}
+	conn := &boundConn{Conn: raw}
+	if n, err := conn.Write(make([]byte, 10)); n != 5 || err != io.ErrClosedPipe {
+		t.Errorf("got %d, %v", n, err)
+	}
+	raw.fail = false
+	if n, err := conn.Write(make([]byte, 10)); n != 0 || err != net.ErrClosed {
+		t.Errorf("after a failure: got %d, %v", n, err)
+	}
+	if _, ok := any(&boundConn{}).(io.ReaderFrom); ok {
+		t.Error("it has ReadFrom, which goes past Write")
+	}
+}
+
+func TestControl(t *testing.T) {
+	const ok, bad, unknown = `{"ok":true,"active":3}`, `{"ok":false,"error":"bad-message","active":0}`, `{"ok":false,"error":"unknown-op","active":0}`
+	tests := []struct{ name, message, want, op string }{
+		{"drain", `{"op":"drain"}` + "\n", ok, "drain"},
+		{"spaces", ` { "op" : "stop" } ` + "\n", ok, "stop"},
+		{"CRLF", `{"op":"stop"}` + "\r\n", ok, "stop"},
+		{"unknown", `{"op":"dance"}` + "\n", unknown, "dance"},
+		{"empty", "\n", bad, ""},
+		{"no field", "{}\n", bad, ""},
+		{"other case", `{"OP":"stop"}` + "\n", bad, ""},
+		{"twice", `{"op":"drain","op":"stop"}` + "\n", bad, ""},
+		{"unknown field", `{"op":"stop","now":true}` + "\n", bad, ""},
+		{"number", `{"op":1}` + "\n", bad, ""},
+		{"object", `{"op":{"op":"stop"}}` + "\n", bad, ""},
+		{"null", `{"op":null}` + "\n", bad, ""},
+		{"array", `["op","stop"]` + "\n", bad, ""},
+		{"two values", `{"op":"stop"}{}` + "\n", bad, ""},
+		{"trailing", `{"op":"stop"}` + "\nx", bad, ""},
+		{"second", `{"op":"stop"}` + "\n" + `{"op":"stop"}` + "\n", bad, ""},
+		{"too long", `{"op":"stop"` + strings.Repeat(" ", guest.MaxControlMessage) + "}\n", bad, ""},
+		{"no newline", `{"op":"stop"}`, "", ""},
+		{"nothing", "", "", ""},
+	}
+	noGoroutineLeft(t)
+	ln, dial := listen(t)
+	var mu sync.Mutex
+	var ops []string
+	var stopped atomic.Int64
+	c := &Control{
+		Host: func(net.Addr) bool { return true },
+		Handle: func(r guest.ControlRequest) (guest.ControlReply, func()) {
+			mu.Lock()
+			defer mu.Unlock()
+			ops = append(ops, string(r.Op))
+			switch r.Op {
+			case guest.OpDrain:
+				return guest.ControlReply{OK: true, Active: 3}, nil
+			case guest.OpStop:
+				return guest.ControlReply{OK: true, Active: 3}, func() { stopped.Add(1) }
+			}
+			return guest.ControlReply{Error: ErrorUnknownOp}, nil
+		},
+	}
+	done := make(chan error, 1)
+	go func() { done <- c.Serve(ln) }()
+	t.Cleanup(func() {
+		c.Close()
+		if err := <-done; err != net.ErrClosed {
+			t.Errorf("Serve returned %v", err)
+		}
+	})
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			mu.Lock()
+			ops = nil
+			mu.Unlock()
+			conn := dial()
+			io.WriteString(conn, test.message)
+			if !strings.Contains(test.message, "\n") {
+				conn.(*net.UnixConn).CloseWrite()
+			}
+			conn.SetReadDeadline(time.Now().Add(controlTimeout + time.Second))
+			reply, err := io.ReadAll(conn)
+			if err != nil && !strings.Contains(err.Error(), "reset") { // it closes with bytes unread
+				t.Fatal(err)
+			}
+			if got := strings.TrimSuffix(string(reply), "\n"); got != test.want {
+				t.Errorf("got %q, want %q", got, test.want)
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			if got := strings.Join(ops, " "); got != test.op {
+				t.Errorf("handled %q, want %q", got, test.op)
+			}
+		})
+	}
+	eventually(t, "stop was carried out after each reply", func() bool { return stopped.Load() == 2 })
+}
+
+func TestControlPeers(t *testing.T) {
+	noGoroutineLeft(t)
+	ln, dial := listen(t)
+	c := &Control{
+		Host: func(net.Addr) bool { return false },
+		Handle: func(guest.ControlRequest) (guest.ControlReply, func()) {
+			t.Error("a stranger was heard")
+			return guest.ControlReply{}, nil
+		},
+	}
+	go c.Serve(ln)
+	t.Cleanup(func() { c.Close() })
+	conn := dial()
+	io.WriteString(conn, `{"op":"stop"}`+"\n")
+	conn.SetReadDeadline(time.Now().Add(5 * time.Second))
+	if reply, err := io.ReadAll(conn); len(reply) != 0 || errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("got %q, %v", reply, err)
+	}
+}
+
+func TestControlSilence(t *testing.T) {
+	noGoroutineLeft(t)
+	ln, dial := listen(t)
+	c := &Control{Host: func(net.Addr) bool { return true }}
+	go c.Serve(ln)
+	t.Cleanup(func() { c.Close() })
+	conn, at := dial(), time.Now()
+	conn.SetReadDeadline(at.Add(controlTimeout + 2*time.Second))
+	if _, err := conn.Read(make([]byte, 1)); err != io.EOF {
+		t.Errorf("got %v after %v", err, time.Since(at))
+	}
+}
+
+func FuzzControl(f *testing.F) {
+	f.Add([]byte(`{"op":"stop"}` + "\n"))
+	f.Add([]byte(`{"op":"stop","op":"x"}` + "\n"))
+	f.Add([]byte(` {"o\u0070":"\ud800"}` + "\r\n"))
+	f.Fuzz(func(t *testing.T, raw []byte) {
+		line, err := readLine(bytes.NewReader(raw))
+		if err != nil {
+			return
+		}
+		request, err := parseControl(line)
+		if err != nil {
+			return
+		}
+		var tree map[string]string
+		if json.Unmarshal(line, &tree) != nil || len(tree) != 1 || tree["op"] != string(request.Op) {
+			t.Errorf("took %q as %+v", line, request)
+		}
+	})
+}

@@ -1,0 +1,40 @@
+//go:build !debug
+
+package main
+
+import (
+	"fmt"
+	"os"
+
+	"golang.org/x/sys/unix"
+)
+
+// imageName is the image that this agent is part of.
+const imageName = "chrysalis"
+
+// log discards: the console is the host's to read.
+var log silent
+
+type silent struct{}
+
+func (silent) printf(string, ...any) {}
+
+// quietConsole makes the kernel and the agent write nothing more to the
+// console, not even the Go runtime's last words.
+func quietConsole() error {
+	const consoleOff = 6 // SYSLOG_ACTION_CONSOLE_OFF, syslog(2)
+	if _, _, errno := unix.Syscall(unix.SYS_SYSLOG, consoleOff, 0, 0); errno != 0 {
+		return fmt.Errorf("turn the console off: %w", errno)
+	}
+	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
+	if err != nil {
+		return fmt.Errorf("open the null device: %w", err)
+	}
+	defer null.Close()
+	for fd := range 3 {
+		if err := unix.Dup3(int(null.Fd()), fd, 0); err != nil {
+			return fmt.Errorf("leave the console: %w", err)
+		}
+	}
+	return nil
+}

@@ -1,0 +1,103 @@
+package main
+
+import (
+	seccomp "github.com/elastic/go-seccomp-bpf"
+	"golang.org/x/sys/unix"
+)
+
+// engineSyscalls is what every engine may call. Anything else fails with EPERM.
+// What is left out matters more than what is there: no mount, ptrace, bpf,
+// io_uring, userfaultfd, keyctl, perf_event_open, kexec, module or namespace
+// call, no open_by_handle_at, no process_vm_*. A profile can add to the list, but
+// not what neverSyscalls names.
+var engineSyscalls = []string{
+	// files
+	"read", "write", "readv", "writev", "pread64", "pwrite64", "preadv", "pwritev",
+	"open", "openat", "close", "close_range", "stat", "fstat", "lstat", "newfstatat", "statx",
+	"statfs", "fstatfs", "access", "faccessat", "faccessat2", "lseek", "fcntl", "flock",
+	"fsync", "fdatasync", "ftruncate", "fallocate", "fadvise64", "readahead", "getdents64",
+	"getcwd", "chdir", "mkdir", "mkdirat", "rmdir", "rename", "renameat", "renameat2",
+	"unlink", "unlinkat", "readlink", "readlinkat", "chmod", "fchmod", "fchmodat", "umask",
+	"dup", "dup2", "dup3", "pipe", "pipe2", "ioctl", "copy_file_range", "sendfile", "utimensat",
+	// memory
+	"brk", "mmap", "munmap", "mprotect", "mremap", "madvise", "mincore", "mlock", "munlock",
+	"msync", "membarrier", "memfd_create",
+	// processes and threads; clone is below
+	"execve", "exit", "exit_group", "wait4", "waitid", "kill", "tgkill",
+	"getpid", "getppid", "gettid", "getuid", "geteuid", "getgid", "getegid", "getpgrp", "getpgid", "getsid",
+	"set_tid_address", "set_robust_list", "get_robust_list", "rseq", "arch_prctl", "prctl",
+	"futex", "futex_waitv", "sched_yield", "sched_getaffinity", "sched_setaffinity",
+	"sched_getparam", "sched_getscheduler", "sched_get_priority_max", "sched_get_priority_min",
+	"getpriority", "getcpu", "getrlimit", "prlimit64", "getrusage", "sysinfo", "uname", "times",
+	"capget", "restart_syscall", "get_mempolicy",
+	// signals
+	"rt_sigaction", "rt_sigprocmask", "rt_sigreturn", "rt_sigsuspend", "rt_sigtimedwait", "rt_sigpending", "sigaltstack", "pause",
+	// time
+	"clock_gettime", "clock_getres", "clock_nanosleep", "nanosleep", "gettimeofday", "time",
+	"timerfd_create", "timerfd_settime", "timerfd_gettime",
+	// waiting
+	"poll", "ppoll", "select", "pselect6", "epoll_create1", "epoll_create", "epoll_ctl", "epoll_wait", "epoll_pwait",
+	"eventfd", "eventfd2", "signalfd4", "inotify_init1", "inotify_add_watch", "inotify_rm_watch",
+	// the unix socket; socket itself is below
+	"bind", "listen", "accept", "accept4", "connect", "shutdown", "getsockname", "getpeername",
+	"setsockopt", "getsockopt", "sendto", "recvfrom", "sendmsg", "recvmsg", "sendmmsg", "recvmmsg",
+	// randomness
+	"getrandom",
+}
+
+// neverSyscalls are refused even to a profile that asks for them.
+var neverSyscalls = map[string]bool{
+	"socket": true, "socketpair": true, "clone": true, "clone3": true, "unshare": true, "setns": true,
+	"mount": true, "umount2": true, "pivot_root": true, "chroot": true, "move_mount": true, "open_tree": true, "fsopen": true,
+	"ptrace": true, "process_vm_readv": true, "process_vm_writev": true, "pidfd_getfd": true,
+	"bpf": true, "perf_event_open": true, "userfaultfd": true,
+	"io_uring_setup": true, "io_uring_enter": true, "io_uring_register": true,
+	"init_module": true, "finit_module": true, "delete_module": true, "kexec_load": true, "kexec_file_load": true,
+	"keyctl": true, "add_key": true, "request_key": true, "open_by_handle_at": true,
+	"reboot": true, "swapon": true, "iopl": true, "ioperm": true, "seccomp": true,
+}
+
+// newNamespaces are clone's flags that make namespaces.
+const newNamespaces = unix.CLONE_NEWNS | unix.CLONE_NEWCGROUP | unix.CLONE_NEWUTS | unix.CLONE_NEWIPC |
+	unix.CLONE_NEWUSER | unix.CLONE_NEWPID | unix.CLONE_NEWNET
+
+// enginePolicy is the engine's filter.
+func enginePolicy(extra []string) seccomp.Policy {
+	allowed := append([]string{}, engineSyscalls...)
+	known := map[string]bool{}
+	for _, name := range allowed {
+		known[name] = true
+	}
+	for _, name := range extra {
+		if !known[name] && !neverSyscalls[name] {
+			known[name] = true
+			allowed = append(allowed, name)
+		}
+	}
+	onlyUnix := seccomp.ArgumentConditions{{Argument: 0, Operation: seccomp.Equal, Value: unix.AF_UNIX}}
+	return seccomp.Policy{
+		DefaultAction: seccomp.ActionErrno,
+		Syscalls: []seccomp.SyscallGroup{
+			{
+				// clone3's flags are out of a filter's sight. ENOSYS makes the C library
+				// fall back to clone, whose flags are not.
+				Action: seccomp.ActionErrno | seccomp.Action(unix.ENOSYS),
+				Names:  []string{"clone3"},
+			},
+			{
+				Action: seccomp.ActionAllow,
+				Names:  allowed,
+				NamesWithCondtions: []seccomp.NameWithConditions{
+					// A network namespace does not contain vsock: AF_VSOCK reaches the host
+					// from any of them. This condition is the only thing that keeps the
+					// engine, once it has read a prompt, from telling the host.
+					{Name: "socket", Conditions: onlyUnix},
+					{Name: "socketpair", Conditions: onlyUnix},
+					{Name: "clone", Conditions: seccomp.ArgumentConditions{
+						{Argument: 0, Operation: seccomp.BitsNotSet, Value: newNamespaces},
+					}},
+				},
+			},
+		},
+	}
+}
