@@ -59,8 +59,10 @@ func (a *agent) guard(f func()) {
 	f()
 }
 
-// endGrace is how long a VM that ends waits for its host to read the reason.
-const endGrace = 3 * time.Second
+// endGrace is how long a VM that ends waits for its host to read the reason. A
+// host that reads it ends the wait, so this is only long where nobody listens, or
+// where an emulated VM's host is busy.
+const endGrace = 20 * time.Second
 
 // end ends the VM. It is the only way out, from wherever it is called: the
 // reason is told, the engine is killed, the machine is powered off.

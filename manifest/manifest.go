@@ -62,7 +62,7 @@ type Limits struct {
 }
 
 // DefaultLimits are what the launcher writes unless told otherwise.
-var DefaultLimits = Limits{BodyBytes: 16 << 20, Concurrency: 8, IdleSeconds: 120, TotalSeconds: 900}
+var DefaultLimits = Limits{BodyBytes: 16 << 20, Concurrency: 8, IdleSeconds: 300, TotalSeconds: 900}
 
 var (
 	nameRE      = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,63}/[A-Za-z0-9][A-Za-z0-9._-]{0,63}$`)

@@ -85,7 +85,8 @@ func ParseName(s string) (name, revision string, err error) {
 type PackOptions struct {
 	Name     string // ORG/NAME
 	Revision string
-	Out      string // path of the disk, which must not exist
+	Out      string // path of the disk
+	Replace  bool   // take the place of what is at Out; otherwise nothing may be there
 	// Progress, if set, is called with the bytes done of a step and its total:
 	// "pack" reads the model, "hash" builds the tree.
 	Progress func(step string, done, total int64)
@@ -130,7 +131,7 @@ func pack(ctx context.Context, src string, o PackOptions) (Info, error) {
 	if err != nil {
 		return Info{}, err
 	}
-	d, err := disk.PackTree(ctx, tree, o.Out, disk.Options{Salt: salt(o.Name, o.Revision), Progress: o.Progress})
+	d, err := disk.PackTree(ctx, tree, o.Out, disk.Options{Replace: o.Replace, Salt: salt(o.Name, o.Revision), Progress: o.Progress})
 	if err != nil {
 		return Info{}, err
 	}

@@ -24,6 +24,8 @@ type Options struct {
 	// Salt of the hash tree, at most verity.MaxSalt bytes. Give different
 	// kinds of disks different salts; it need not be secret.
 	Salt []byte
+	// Replace lets the disk take the place of what is at out.
+	Replace bool
 	// Progress, if set, is called with the bytes done and their total: first
 	// for the files' content, then for the hash tree over the image.
 	Progress func(step string, done, total int64)
@@ -60,7 +62,7 @@ func packTree(ctx context.Context, fsys fs.FS, out string, o Options) (d verity.
 		return func(done, total int64) { o.Progress(step, done, total) }
 	}
 
-	f, err := createOutput(out)
+	f, err := createOutput(out, o.Replace)
 	if err != nil {
 		return d, err
 	}

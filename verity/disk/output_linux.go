@@ -16,17 +16,21 @@ import (
 // the process; on a file system without it there is a hidden file for a time.
 type output struct {
 	*os.File
-	path string
-	temp string // its name meanwhile, or "" with O_TMPFILE or after commit
+	path    string
+	replace bool   // path may be taken: what is there gives way to the whole file
+	temp    string // its name meanwhile, or "" with O_TMPFILE or after commit
 }
 
-func createOutput(path string) (*output, error) {
+func createOutput(path string, replace bool) (*output, error) {
+	dir := filepath.Dir(path)
+	if replace {
+		return createNamed(path, replace) // a file without a name cannot take another's
+	}
 	if _, err := os.Lstat(path); err == nil {
 		return nil, exists(path)
 	} else if !errors.Is(err, fs.ErrNotExist) {
 		return nil, err
 	}
-	dir := filepath.Dir(path)
 	fd, err := unix.Open(dir, unix.O_TMPFILE|unix.O_RDWR|unix.O_CLOEXEC, 0o644)
 	if err == nil {
 		return &output{File: os.NewFile(uintptr(fd), path), path: path}, nil
@@ -34,14 +38,18 @@ func createOutput(path string) (*output, error) {
 	if !errors.Is(err, unix.EOPNOTSUPP) && !errors.Is(err, unix.EISDIR) && !errors.Is(err, unix.EINVAL) {
 		return nil, &fs.PathError{Op: "create a file in", Path: dir, Err: err}
 	}
-	f, err := os.CreateTemp(dir, "."+filepath.Base(path)+".*")
+	return createNamed(path, replace)
+}
+
+func createNamed(path string, replace bool) (*output, error) {
+	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+".*")
 	if err != nil {
 		return nil, err
 	}
 	if err := f.Chmod(0o644); err != nil {
 		return nil, errors.Join(err, f.Close(), os.Remove(f.Name()))
 	}
-	return &output{File: f, path: path, temp: f.Name()}, nil
+	return &output{File: f, path: path, replace: replace, temp: f.Name()}, nil
 }
 
 func exists(path string) error {
@@ -55,7 +63,9 @@ func (o *output) commit() error {
 		return err
 	}
 	var err error
-	if o.temp == "" {
+	if o.replace {
+		err = os.Rename(o.temp, o.path)
+	} else if o.temp == "" {
 		err = unix.Linkat(unix.AT_FDCWD, "/proc/self/fd/"+strconv.Itoa(int(o.Fd())), unix.AT_FDCWD, o.path, unix.AT_SYMLINK_FOLLOW)
 	} else {
 		err = unix.Renameat2(unix.AT_FDCWD, o.temp, unix.AT_FDCWD, o.path, unix.RENAME_NOREPLACE)
