@@ -1,0 +1,51 @@
+// Command chrysalis builds, boots and uses confidential-inference VMs.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/signal"
+	"syscall"
+
+	"github.com/alecthomas/kong"
+
+	"chrysalis/terminal"
+)
+
+type cli struct {
+	Up     UpCmd     `cmd:"" help:"Boot a VM and wait until it serves."`
+	Down   DownCmd   `cmd:"" help:"Drain a VM and stop it."`
+	Status StatusCmd `cmd:"" help:"Show the VMs on this machine."`
+	Logs   LogsCmd   `cmd:"" help:"Show what a VM and its programs wrote."`
+	Chat   ChatCmd   `cmd:"" help:"Ask a VM a question."`
+
+	Image imageCommands `cmd:"" help:"Build what a VM boots."`
+	Model modelCommands `cmd:"" help:"Make and look at model disks."`
+
+	Supervise SuperviseCmd `cmd:"" hidden:""`
+}
+
+func main() {
+	var c cli
+	parser := kong.Must(&c,
+		kong.Name("chrysalis"),
+		kong.Description("Confidential inference: a measured VM serves a model, and its owner cannot read the prompts."),
+		kong.UsageOnError(),
+		kong.ConfigureHelp(kong.HelpOptions{Compact: true}),
+	)
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	k, err := parser.Parse(os.Args[1:])
+	parser.FatalIfErrorf(err)
+	k.BindTo(ctx, (*context.Context)(nil))
+	if err := k.Run(); err != nil {
+		fmt.Fprintln(os.Stderr, "chrysalis:", terminal.Clean(err.Error()))
+		var coder interface{ ExitCode() int }
+		if errors.As(err, &coder) {
+			os.Exit(coder.ExitCode())
+		}
+		os.Exit(1)
+	}
+}

@@ -1,0 +1,159 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"slices"
+	"time"
+
+	"github.com/schollz/progressbar/v3"
+	"golang.org/x/sys/unix"
+
+	"chrysalis/guest"
+	"chrysalis/image"
+	"chrysalis/image/toolsroot"
+	"chrysalis/launcher"
+)
+
+// UpCmd starts a VM.
+type UpCmd struct {
+	Name      string           `arg:"" optional:"" default:"default" help:"Name of the VM: lower-case letters, digits and '-'."`
+	Image     string           `default:"chrysalis.efi" placeholder:"FILE" help:"The image (default: ${default})."`
+	Engine    string           `default:"engine.disk" placeholder:"FILE" help:"The engine disk (default: ${default})."`
+	Model     []string         `placeholder:"FILE" sep:"none" help:"A model disk; repeat it for more (default: demo.disk)."`
+	Manifest  string           `placeholder:"FILE" help:"Use this manifest as it is rather than one made from the disks."`
+	Parameter map[string]int64 `placeholder:"NAME=VALUE" mapsep:"none" help:"A parameter of the engine, an integer; repeat it for more."`
+	Shape     string           `default:"small" help:"The VM's shape: h100x1, large, medium, small (default: ${default})."`
+	GPU       []string         `name:"gpu" placeholder:"PCI-ADDRESS" sep:"none" help:"A GPU to pass through, like 0000:b8:00.0; repeat it for more."`
+	Listen    string           `placeholder:"HOST:PORT" help:"Where clients connect; port 0 picks a free one (default: 127.0.0.1:8443, or where the replaced VM listens)."`
+	Accel     string           `enum:"auto,tdx,kvm,tcg" default:"auto" help:"Accelerator: auto takes TDX, or else KVM where it really works, or else TCG (default: ${default})."`
+	Firmware  string           `placeholder:"FILE" help:"The TDX firmware that belongs to the image; needed on TDX only."`
+	Replace   bool             `help:"Start beside the running VM of this name, then take its place without a gap."`
+	Timeout   time.Duration    `default:"2m" help:"How long the VM may take to become ready (default: ${default})."`
+	Drain     time.Duration    `default:"1m" help:"How long requests of a replaced VM may take to finish (default: ${default})."`
+	Tools     string           `hidden:"" env:"CHRYSALIS_TOOLS" placeholder:"DIR" help:"The tools root."`
+	JSON      bool             `name:"json" help:"Print one JSON document a line: the steps, then the result."`
+}
+
+// Run starts the VM and waits until it is ready.
+func (c *UpCmd) Run(ctx context.Context) error {
+	tools, err := openToolsRoot(c.Tools)
+	if err != nil {
+		return err
+	}
+	models := c.Model
+	if len(models) == 0 {
+		models = []string{"demo.disk"}
+	}
+	show := newProgress(os.Stderr, os.Stdout, c.JSON)
+	instance, err := launcher.Up(ctx, launcher.Options{
+		Name: c.Name, Image: c.Image, Firmware: c.Firmware, Engine: c.Engine, Models: models,
+		Manifest: c.Manifest, Parameters: c.Parameter, Shape: c.Shape, GPUs: c.GPU,
+		Accel: launcher.Accel(c.Accel), Listen: c.Listen, Replace: c.Replace,
+		Timeout: c.Timeout, Drain: c.Drain, Tools: tools,
+	}, show.event)
+	show.done()
+	if err != nil {
+		if c.JSON && instance == nil {
+			result := map[string]string{"event": "failed", "name": c.Name, "error": err.Error()}
+			var ended *launcher.EndedError
+			if errors.As(err, &ended) {
+				result["error"], result["reason"] = ended.How, string(ended.Reason)
+			}
+			json.NewEncoder(os.Stdout).Encode(result)
+		}
+		return err
+	}
+	if !c.JSON {
+		fmt.Println(instance.Endpoint)
+	}
+	return nil
+}
+
+// openToolsRoot opens the tools root at dir, or the pinned one.
+func openToolsRoot(dir string) (*toolsroot.Root, error) {
+	if dir != "" {
+		return toolsroot.Open(dir)
+	}
+	lock, err := image.ReadLock(".")
+	if err != nil {
+		return nil, err
+	}
+	return image.OpenTools(lock)
+}
+
+// progress shows the steps of a start: JSON lines for programs, a bar on a
+// terminal, else plain lines.
+type progress struct {
+	lines io.Writer // for people
+	json  *json.Encoder
+	bar   *progressbar.ProgressBar
+	start time.Time
+}
+
+func newProgress(people *os.File, programs io.Writer, asJSON bool) *progress {
+	p := &progress{lines: people, start: time.Now()}
+	switch {
+	case asJSON:
+		p.json = json.NewEncoder(programs)
+	case isTerminal(people):
+		// One step for firmware and kernel, then the phases.
+		p.bar = progressbar.NewOptions(len(guest.Phases)+1,
+			progressbar.OptionSetWriter(people),
+			progressbar.OptionSetDescription(fmt.Sprintf("%-10s", "kernel")),
+			progressbar.OptionSetWidth(24),
+			progressbar.OptionSetPredictTime(false),
+			progressbar.OptionShowElapsedTimeOnFinish(),
+			progressbar.OptionClearOnFinish(),
+			progressbar.OptionSetRenderBlankState(true),
+		)
+	}
+	return p
+}
+
+func (p *progress) event(e launcher.Event) {
+	if p.json != nil {
+		p.json.Encode(e)
+		return
+	}
+	switch e.Kind {
+	case launcher.EventNote:
+		p.line("note: %s", e.Note)
+	case launcher.EventPhase:
+		if p.bar != nil {
+			p.bar.Describe(fmt.Sprintf("%-10s", e.Phase))
+			p.bar.Set(slices.Index(guest.Phases, e.Phase) + 1)
+			return
+		}
+		p.line("%5.1f s  %s", time.Since(p.start).Seconds(), e.Phase)
+	case launcher.EventReady:
+		p.done()
+		p.line("%5.1f s  ready (%s)", time.Since(p.start).Seconds(), e.State.Platform)
+	case launcher.EventDraining:
+		p.line("the replaced VM finishes its requests")
+	}
+}
+
+func (p *progress) line(format string, args ...any) {
+	if p.bar != nil {
+		p.bar.Clear()
+	}
+	fmt.Fprintf(p.lines, format+"\n", args...)
+}
+
+// done takes the bar off the screen.
+func (p *progress) done() {
+	if p.bar != nil {
+		p.bar.Clear()
+		p.bar = nil
+	}
+}
+
+func isTerminal(f *os.File) bool {
+	_, err := unix.IoctlGetTermios(int(f.Fd()), unix.TCGETS)
+	return err == nil
+}

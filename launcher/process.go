@@ -1,0 +1,121 @@
+package launcher
+
+import (
+	"fmt"
+	"log"
+	"os/exec"
+	"runtime"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"chrysalis/terminal"
+)
+
+// spawner starts processes from one thread that lives as long as this process.
+// The children ask the kernel to be killed when the thread that made them ends,
+// and an ordinary goroutine's thread may end at any time.
+type spawner struct{ work chan func() }
+
+func newSpawner() *spawner {
+	s := &spawner{work: make(chan func())}
+	go func() {
+		runtime.LockOSThread()
+		for f := range s.work {
+			f()
+		}
+		select {} // never give the thread back
+	}()
+	return s
+}
+
+// child is a running program.
+type child struct {
+	name string
+	cmd  *exec.Cmd
+	done chan struct{} // closed when it and all that held its output are gone
+	err  error         // how it ended, after done
+}
+
+// start runs cmd, with its output line by line in the supervisor's log.
+func (s *spawner) start(name string, cmd *exec.Cmd, log *log.Logger) (*child, error) {
+	out := &lineLog{prefix: name + ": ", log: log, left: maxChildLog}
+	cmd.Stdout, cmd.Stderr = out, out
+	// Bwrap's --die-with-parent acts from when bwrap runs; this closes the gap
+	// before that.
+	if cmd.SysProcAttr == nil {
+		cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	}
+	cmd.SysProcAttr.Pdeathsig = syscall.SIGKILL
+	cmd.WaitDelay = 5 * time.Second
+	started := make(chan error)
+	s.work <- func() { started <- cmd.Start() }
+	if err := <-started; err != nil {
+		return nil, fmt.Errorf("start %s: %w", name, err)
+	}
+	c := &child{name: name, cmd: cmd, done: make(chan struct{})}
+	go func() {
+		c.err = cmd.Wait()
+		out.flush()
+		close(c.done)
+	}()
+	return c, nil
+}
+
+// kill ends the program and everything below it, and waits.
+func (c *child) kill() {
+	if c == nil {
+		return
+	}
+	select {
+	case <-c.done:
+		return
+	default:
+	}
+	syscall.Kill(-c.cmd.Process.Pid, syscall.SIGKILL)
+	<-c.done
+}
+
+// maxChildLog bounds what one program may write to the log, in bytes.
+const maxChildLog = 256 << 10
+
+// lineLog writes whole lines to a logger, cleaned, up to a limit.
+type lineLog struct {
+	mu     sync.Mutex
+	prefix string
+	log    *log.Logger
+	left   int
+	line   strings.Builder
+}
+
+func (l *lineLog) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, b := range p {
+		if b == '\n' || l.line.Len() >= 1024 {
+			l.emit()
+		}
+		if b != '\n' {
+			l.line.WriteByte(b)
+		}
+	}
+	return len(p), nil
+}
+
+func (l *lineLog) emit() {
+	if l.left > 0 && l.line.Len() > 0 {
+		l.left -= l.line.Len() + 1
+		l.log.Print(l.prefix + terminal.Line(l.line.String()))
+		if l.left <= 0 {
+			l.log.Print(l.prefix + "(it wrote too much; the rest is not kept)")
+		}
+	}
+	l.line.Reset()
+}
+
+func (l *lineLog) flush() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.emit()
+}

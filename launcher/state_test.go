@@ -1,0 +1,209 @@
+package launcher
+
+import (
+	"context"
+	"errors"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+func testRun(t *testing.T, s store, name string, state Life) (run, *os.File) {
+	t.Helper()
+	if err := os.MkdirAll(s.vm(name), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	r, lock, err := s.newRun(name, time.Now())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { lock.Close() })
+	if state != "" {
+		if err := r.writeState(State{Name: name, Run: r.id, Life: state, Supervisor: os.Getpid()}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return r, lock
+}
+
+func TestCheckName(t *testing.T) {
+	for name, ok := range map[string]bool{
+		"default": true, "a": true, "vm-2": true, "0": true, strings.Repeat("a", 32): true,
+		"": false, "-a": false, "A": false, "a/b": false, "..": false, ".": false, "a b": false, "a.b": false,
+		"ä": false, "a\n": false, strings.Repeat("a", 33): false,
+	} {
+		if err := checkName(name); (err == nil) != ok {
+			t.Errorf("%q: %v", name, err)
+		}
+	}
+}
+
+// A run is alive exactly as long as somebody holds its lock; what is over is
+// tidied, and says so.
+func TestSettle(t *testing.T) {
+	for _, before := range []Life{LifeReady, LifeStarting, LifeEnded, ""} {
+		t.Run("state "+string(before), func(t *testing.T) {
+			s := store{t.TempDir()}
+			r, lock := testRun(t, s, "vm", before)
+			sock := r.path("io", "qmp.sock")
+			l, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM, 0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer unix.Close(l)
+			if err := unix.Bind(l, &unix.SockaddrUnix{Name: sock}); err != nil {
+				t.Fatal(err)
+			}
+			os.WriteFile(r.path("io", "console.log"), []byte("x"), 0o600)
+
+			if alive, err := r.settle(); !alive || err != nil {
+				t.Fatalf("with its lock held: %v, %v", alive, err)
+			}
+			if _, err := os.Stat(sock); err != nil {
+				t.Error("a live run was tidied")
+			}
+			lock.Close()
+			if alive, err := r.settle(); alive || err != nil {
+				t.Fatalf("with its lock free: %v, %v", alive, err)
+			}
+			state, err := r.readState()
+			if err != nil || state.Life != LifeEnded || state.Name != "vm" {
+				t.Errorf("%+v, %v", state, err)
+			}
+			if (before != LifeEnded) != strings.Contains(state.Ended, "supervisor is gone") {
+				t.Errorf("it ended thus: %q", state.Ended)
+			}
+			if _, err := os.Lstat(sock); !errors.Is(err, os.ErrNotExist) {
+				t.Errorf("its socket is still there: %v", err)
+			}
+			if _, err := os.Stat(r.path("io", "console.log")); err != nil {
+				t.Errorf("its console is gone: %v", err)
+			}
+		})
+	}
+}
+
+// The lock goes with the process that has it, however that process ends.
+func TestLockOfKilledProcess(t *testing.T) {
+	s := store{t.TempDir()}
+	r, lock := testRun(t, s, "vm", LifeReady)
+	holder := exec.Command("sleep", "60")
+	holder.ExtraFiles = []*os.File{lock}
+	if err := holder.Start(); err != nil {
+		t.Skipf("sleep(1) does not run: %v", err)
+	}
+	lock.Close()
+	if alive, err := r.settle(); !alive || err != nil {
+		t.Errorf("while the other process lives: %v, %v", alive, err)
+	}
+	holder.Process.Kill()
+	holder.Wait()
+	if alive, err := r.settle(); alive || err != nil {
+		t.Errorf("when it was killed: %v, %v", alive, err)
+	}
+}
+
+// Prune keeps what lives and the logs of the last run that does not.
+func TestPrune(t *testing.T) {
+	s := store{t.TempDir()}
+	var all []run
+	for range 4 {
+		r, lock := testRun(t, s, "vm", LifeReady)
+		all = append(all, r)
+		if len(all) != 2 {
+			lock.Close()
+		}
+		time.Sleep(2 * time.Millisecond) // ids sort by time
+	}
+	left := filepath.Join(s.vm("vm"), "runs", ".new-x")
+	os.Mkdir(left, 0o700)
+	if err := s.prune("vm"); err != nil {
+		t.Fatal(err)
+	}
+	got, err := s.runs("vm")
+	if err != nil || len(got) != 2 || got[0].id != all[1].id || got[1].id != all[3].id {
+		t.Errorf("%v are left, %v", got, err)
+	}
+	if _, err := os.Stat(left); !errors.Is(err, os.ErrNotExist) {
+		t.Error("a half-made run is left")
+	}
+}
+
+func TestStatusOfRuns(t *testing.T) {
+	dir := t.TempDir()
+	s := store{dir}
+	if states, err := Status(context.Background(), dir, ""); err != nil || len(states) != 0 {
+		t.Errorf("an empty folder: %v, %v", states, err)
+	}
+	if _, err := Status(context.Background(), dir, "vm"); err == nil {
+		t.Error("a VM that never was")
+	}
+	testRun(t, s, "alive", LifeReady)
+	_, lock := testRun(t, s, "dead", LifeReady)
+	lock.Close()
+	states, err := Status(context.Background(), dir, "")
+	if err != nil || len(states) != 2 || states[0].Life != LifeReady || states[1].Life != LifeEnded || !states[1].Failed {
+		t.Errorf("%+v, %v", states, err)
+	}
+	if names, err := Running(dir); err != nil || len(names) != 1 || names[0] != "alive" {
+		t.Errorf("%v, %v", names, err)
+	}
+	if err := Down(context.Background(), "dead", DownOptions{StateDir: dir}); !errors.Is(err, ErrNotRunning) {
+		t.Errorf("down: %v", err)
+	}
+}
+
+// A process id in a state file is only believed when that process has the lock.
+func TestHolder(t *testing.T) {
+	s := store{t.TempDir()}
+	r, lock := testRun(t, s, "vm", LifeReady)
+	if pid, err := r.holder(); err != nil || pid != os.Getpid() {
+		t.Errorf("%d, %v", pid, err)
+	}
+	lock.Close()
+	if pid, err := r.holder(); err == nil {
+		t.Errorf("without the lock: %d", pid)
+	}
+}
+
+func TestLogOfRun(t *testing.T) {
+	dir := t.TempDir()
+	r, lock := testRun(t, store{dir}, "vm", LifeReady)
+	if err := os.WriteFile(r.path("io", "console.log"), []byte("a\x1b[2Jb\r\n\x1b]0;title\x07c"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	lock.Close()
+	var out strings.Builder
+	if err := Log(t.Context(), dir, "vm", LogConsole, true, &out); err != nil || out.String() != "ab\nc" {
+		t.Errorf("%q, %v", out.String(), err)
+	}
+	if err := Log(t.Context(), dir, "vm", LogEngine, false, &out); err == nil || !strings.Contains(err.Error(), "no engine log") {
+		t.Errorf("a log that is not there: %v", err)
+	}
+	if got := consoleTail(r.path("io", "console.log")); strings.Join(got, "|") != "ab|c" {
+		t.Errorf("%q", got)
+	}
+}
+
+func TestSameAddress(t *testing.T) {
+	for _, tt := range []struct {
+		asked, bound string
+		want         bool
+	}{
+		{"127.0.0.1:8443", "127.0.0.1:8443", true},
+		{"localhost:8443", "127.0.0.1:8443", true},
+		{"127.0.0.1:0", "127.0.0.1:8443", false},
+		{"127.0.0.1:8444", "127.0.0.1:8443", false},
+		{"127.0.0.2:8443", "127.0.0.1:8443", false},
+		{"nonsense", "127.0.0.1:8443", false},
+	} {
+		if got := sameAddress(tt.asked, tt.bound); got != tt.want {
+			t.Errorf("%s and %s: %v", tt.asked, tt.bound, got)
+		}
+	}
+}
