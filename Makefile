@@ -1,0 +1,47 @@
+# The commands that a person needs; each sets up what it needs itself.
+#
+#   make demo    from nothing to an answer out of a VM
+#   make test    every test, those in real VMs included
+#   make image   the UKI, the engine disk and the demo model's disk, in out/
+#   make bench   the figures of docs/performance.md
+#   make lint    formatting, vet and static checks
+#   make clean   what make made in this folder; caches stay
+
+# Mirrors to fetch Debian packages from, instead of the host's own.
+MIRROR ?=
+mirrors = $(foreach m,$(MIRROR),--mirror $(m))
+
+chrysalis = bin/chrysalis
+artefacts = out/chrysalis.efi out/llama.cpp.disk out/demo.disk
+
+.PHONY: demo test image bench lint clean deps test-deps
+
+deps:
+	@ci/install-deps build
+
+test-deps:
+	@ci/install-deps build test
+
+# Go decides what is up to date.
+.PHONY: $(chrysalis)
+$(chrysalis): deps
+	@CGO_ENABLED=0 go build -trimpath -o $@ ./cmd/chrysalis
+
+image: $(chrysalis)
+	@$(chrysalis) image build $(mirrors)
+	@$(chrysalis) model pack models/demo/demo.gguf --name chrysalis/demo --revision 1 --force -o out/demo.disk
+
+demo: image
+	@ci/demo
+
+test: test-deps image
+	@ci/test
+
+bench: test-deps image
+	@ci/bench
+
+lint: deps
+	@ci/lint
+
+clean:
+	rm -rf bin out

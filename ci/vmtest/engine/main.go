@@ -1,0 +1,79 @@
+// Command engine stands in for an inference server where a test needs one that
+// misbehaves on purpose. It speaks as much of the OpenAI API as the agent asks
+// of an engine.
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"net"
+	"net/http"
+	"os"
+	"strings"
+	"time"
+)
+
+func main() {
+	mode, socket := os.Args[1], os.Args[2]
+	switch mode {
+	case "exit":
+		fmt.Println("engine: exits at once")
+		os.Exit(7)
+	case "hang":
+		fmt.Println("engine: never answers")
+		time.Sleep(time.Hour)
+	}
+	fmt.Println("engine: serves")
+	ln, err := net.Listen("unix", socket)
+	if err != nil {
+		fmt.Println("engine:", err)
+		os.Exit(1)
+	}
+	http.HandleFunc("GET /health", func(http.ResponseWriter, *http.Request) {})
+	http.HandleFunc("POST /v1/chat/completions", chat)
+	err = http.Serve(ln, nil)
+	fmt.Println("engine:", err)
+	os.Exit(1)
+}
+
+// chat obeys the last message: "die" ends the engine after three events,
+// "stall" streams an event now and again for ever, anything else is answered.
+func chat(w http.ResponseWriter, r *http.Request) {
+	var request struct {
+		Stream   bool
+		Messages []struct{ Content string }
+	}
+	if err := json.NewDecoder(r.Body).Decode(&request); err != nil || len(request.Messages) == 0 {
+		w.WriteHeader(http.StatusBadRequest)
+		return
+	}
+	order := request.Messages[len(request.Messages)-1].Content
+	if !request.Stream {
+		w.Header().Set("Content-Type", "application/json")
+		fmt.Fprintf(w, `{"id":"1","object":"chat.completion","created":1,"model":"m","choices":[{"index":0,"finish_reason":"stop","message":{"role":"assistant","content":"done"}}]}`)
+		return
+	}
+	w.Header().Set("Content-Type", "text/event-stream")
+	send := func(text string) {
+		fmt.Fprintf(w, "data: {\"id\":\"1\",\"object\":\"chat.completion.chunk\",\"created\":1,\"model\":\"m\",\"choices\":[{\"index\":0,\"delta\":{\"content\":%q}}]}\n\n", text)
+		w.(http.Flusher).Flush()
+	}
+	for i := 0; ; i++ {
+		send(fmt.Sprintf("%d ", i))
+		switch {
+		case order == "die" && i == 2:
+			time.Sleep(200 * time.Millisecond) // what was sent is on its way
+			os.Exit(9)
+		case order == "stall":
+			select {
+			case <-r.Context().Done():
+				fmt.Println("engine: the client went away")
+				return
+			case <-time.After(500 * time.Millisecond):
+			}
+		case !strings.Contains("die stall", order) && i == 4:
+			fmt.Fprint(w, "data: [DONE]\n\n")
+			return
+		}
+	}
+}
