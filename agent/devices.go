@@ -41,6 +41,9 @@ var virtioDrivers = map[string]string{
 	"0x0013": "vmw_vsock_virtio_transport",
 }
 
+// sysfs is where the kernel shows the devices.
+const sysfs = "/sys"
+
 // stopAutoBinding makes the kernel leave devices alone unless the agent binds
 // them.
 func stopAutoBinding() error {
@@ -54,9 +57,10 @@ func stopAutoBinding() error {
 }
 
 // checkDevices compares every PCI and virtio device with the tables, and what
-// is bound to it. It returns the number of GPUs.
-func checkDevices() (gpus int, err error) {
-	devices, err := filepath.Glob("/sys/bus/pci/devices/*")
+// is bound to it, as the sysfs at a path shows them. It returns the number of
+// GPUs.
+func checkDevices(sysfs string) (gpus int, err error) {
+	devices, err := filepath.Glob(filepath.Join(sysfs, "bus/pci/devices/*"))
 	if err != nil {
 		return 0, err
 	}
@@ -76,7 +80,7 @@ func checkDevices() (gpus int, err error) {
 			return 0, fmt.Errorf("PCI device %s (%s) is bound to %s", filepath.Base(dir), known.what, driver)
 		}
 	}
-	devices, err = filepath.Glob("/sys/bus/virtio/devices/*")
+	devices, err = filepath.Glob(filepath.Join(sysfs, "bus/virtio/devices/*"))
 	if err != nil {
 		return 0, err
 	}

@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"syscall"
 
 	"golang.org/x/sys/unix"
 
@@ -36,15 +37,16 @@ func (a *agent) startEngine(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("limit the engine: %w", err)
 	}
+	box := sandbox{
+		Root: a.engine, Models: a.models, Door: doorPath,
+		Argv: argv, Env: env, Seccomp: a.profile.Seccomp,
+	}
 	a.child = &supervisor{
-		sandbox: sandbox{
-			Root: a.engine, Models: a.models, Door: doorPath,
-			Argv: argv, Env: env, Seccomp: a.profile.Seccomp,
-		},
+		start:   func(output *os.File) (<-chan syscall.WaitStatus, error) { return box.start(cgroup, output) },
+		kill:    a.killEngine,
 		socket:  filepath.Join(doorPath, "engine.sock"),
 		health:  a.profile.Health,
 		patient: a.profile.ReadyTime(),
-		cgroup:  cgroup,
 		output:  &a.engineLog,
 		state:   a.state,
 	}
@@ -106,11 +108,7 @@ func makeCgroup() (int, error) {
 
 // killEngine kills whatever is in the engine's cgroup.
 func (a *agent) killEngine() {
-	killCgroup(enginePath)
-}
-
-func killCgroup(path string) {
-	err := os.WriteFile(filepath.Join(path, "cgroup.kill"), []byte("1"), 0)
+	err := os.WriteFile(filepath.Join(enginePath, "cgroup.kill"), []byte("1"), 0)
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		log.printf("kill the engine: %v", err)
 	}

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"runtime/debug"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -24,11 +25,17 @@ func main() {
 		fmt.Fprintln(os.Stderr, "chrysalis agent: runs as PID 1 of a VM and nowhere else")
 		os.Exit(2)
 	}
+	// A soft limit on the Go heap: past it the collector works harder rather than
+	// taking memory from the engine.
+	debug.SetMemoryLimit(heapLimit)
 	a := newAgent(time.Now(), kernelTime())
 	a.guard(func() {
 		a.end(a.boot(context.Background()))
 	})
 }
+
+// heapLimit is in bytes. Bodies that are in flight may exceed it for a time.
+const heapLimit = 16 << 20
 
 // fault is an error together with the reason that the host is told.
 type fault struct {

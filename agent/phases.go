@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"net/http"
 	"os"
 	"sync"
 	"time"
@@ -118,7 +119,7 @@ func (a *agent) checkHardware(context.Context) (err error) {
 	if err := stopAutoBinding(); err != nil {
 		return err
 	}
-	a.gpus, err = checkDevices()
+	a.gpus, err = checkDevices(sysfs)
 	return err
 }
 
@@ -169,7 +170,7 @@ func (a *agent) makeIdentity(context.Context) (err error) {
 
 // serve opens the ports for clients and for the host's requests.
 func (a *agent) serve(context.Context) error {
-	gpus, err := checkDevices()
+	gpus, err := checkDevices(sysfs)
 	if err == nil && gpus != a.manifest.GPUs {
 		err = fmt.Errorf("the VM has %d GPUs, the manifest requires %d", gpus, a.manifest.GPUs)
 	}
@@ -190,7 +191,13 @@ func (a *agent) serve(context.Context) error {
 		FirstClient: a.status.CloseLog,
 		Counters:    &a.counters,
 	})
-	a.background(guest.ReasonServe, func() error { return a.server.Serve(inference) })
+	a.background(guest.ReasonServe, func() error {
+		err := a.server.Serve(inference)
+		if errors.Is(err, http.ErrServerClosed) {
+			select {} // the VM is being stopped, which is not for this to end
+		}
+		return err
+	})
 
 	control, err := listen(guest.PortControl)
 	if err != nil {

@@ -20,10 +20,11 @@ const (
 // leaf 0x21, which the TDX module answers and no host can fake inside a TD.
 func hasTDX() bool {
 	data, err := os.ReadFile("/proc/cpuinfo")
-	if err != nil {
-		return false
-	}
-	for line := range strings.Lines(string(data)) {
+	return err == nil && tdxFlag(string(data))
+}
+
+func tdxFlag(cpuinfo string) bool {
+	for line := range strings.Lines(cpuinfo) {
 		if name, value, ok := strings.Cut(line, ":"); ok && strings.TrimSpace(name) == "flags" {
 			return slices.Contains(strings.Fields(value), "tdx_guest")
 		}

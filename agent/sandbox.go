@@ -11,7 +11,6 @@ import (
 	"strconv"
 	"syscall"
 
-	seccomp "github.com/elastic/go-seccomp-bpf"
 	"golang.org/x/sys/unix"
 )
 
@@ -102,10 +101,9 @@ func enterSandbox() error {
 	if err := unix.CloseRange(3, ^uint(0), unix.CLOSE_RANGE_CLOEXEC); err != nil {
 		return fmt.Errorf("close inherited files: %w", err)
 	}
-	// The last step: from here on only the allowed calls work, and for the rest of
-	// this thread's life and of what it executes.
-	if err := seccomp.LoadFilter(seccomp.Filter{NoNewPrivs: true, Policy: enginePolicy(s.Seccomp)}); err != nil {
-		return fmt.Errorf("load the system call filter: %w", err)
+	// The last step: from here on only the allowed calls work.
+	if err := loadFilters(s.Seccomp); err != nil {
+		return err
 	}
 	return fmt.Errorf("execute %s: %w", s.Argv[0], unix.Exec(s.Argv[0], s.Argv, s.Env))
 }

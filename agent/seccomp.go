@@ -1,6 +1,9 @@
 package main
 
 import (
+	"fmt"
+	"slices"
+
 	seccomp "github.com/elastic/go-seccomp-bpf"
 	"golang.org/x/sys/unix"
 )
@@ -22,7 +25,8 @@ var engineSyscalls = []string{
 	// memory
 	"brk", "mmap", "munmap", "mprotect", "mremap", "madvise", "mincore", "mlock", "munlock",
 	"msync", "membarrier", "memfd_create",
-	// processes and threads; clone is below
+	// processes and threads; clone is narrowed below
+	"clone",
 	"execve", "exit", "exit_group", "wait4", "waitid", "kill", "tgkill",
 	"getpid", "getppid", "gettid", "getuid", "geteuid", "getgid", "getegid", "getpgrp", "getpgid", "getsid",
 	"set_tid_address", "set_robust_list", "get_robust_list", "rseq", "arch_prctl", "prctl",
@@ -38,8 +42,8 @@ var engineSyscalls = []string{
 	// waiting
 	"poll", "ppoll", "select", "pselect6", "epoll_create1", "epoll_create", "epoll_ctl", "epoll_wait", "epoll_pwait",
 	"eventfd", "eventfd2", "signalfd4", "inotify_init1", "inotify_add_watch", "inotify_rm_watch",
-	// the unix socket; socket itself is below
-	"bind", "listen", "accept", "accept4", "connect", "shutdown", "getsockname", "getpeername",
+	// the unix socket; the families are narrowed below
+	"socket", "socketpair", "bind", "listen", "accept", "accept4", "connect", "shutdown", "getsockname", "getpeername",
 	"setsockopt", "getsockopt", "sendto", "recvfrom", "sendmsg", "recvmsg", "sendmmsg", "recvmmsg",
 	// randomness
 	"getrandom",
@@ -47,8 +51,9 @@ var engineSyscalls = []string{
 
 // neverSyscalls are refused even to a profile that asks for them.
 var neverSyscalls = map[string]bool{
-	"socket": true, "socketpair": true, "clone": true, "clone3": true, "unshare": true, "setns": true,
-	"mount": true, "umount2": true, "pivot_root": true, "chroot": true, "move_mount": true, "open_tree": true, "fsopen": true,
+	"clone3": true, "unshare": true, "setns": true,
+	"mount": true, "umount2": true, "pivot_root": true, "chroot": true, "move_mount": true, "open_tree": true, "open_tree_attr": true,
+	"fsopen": true, "fsconfig": true, "fsmount": true, "fspick": true, "mount_setattr": true,
 	"ptrace": true, "process_vm_readv": true, "process_vm_writev": true, "pidfd_getfd": true,
 	"bpf": true, "perf_event_open": true, "userfaultfd": true,
 	"io_uring_setup": true, "io_uring_enter": true, "io_uring_register": true,
@@ -61,43 +66,65 @@ var neverSyscalls = map[string]bool{
 const newNamespaces = unix.CLONE_NEWNS | unix.CLONE_NEWCGROUP | unix.CLONE_NEWUTS | unix.CLONE_NEWIPC |
 	unix.CLONE_NEWUSER | unix.CLONE_NEWPID | unix.CLONE_NEWNET
 
-// enginePolicy is the engine's filter.
-func enginePolicy(extra []string) seccomp.Policy {
-	allowed := append([]string{}, engineSyscalls...)
-	known := map[string]bool{}
-	for _, name := range allowed {
-		known[name] = true
-	}
+// enginePolicies are the engine's filters, in the order in which they are
+// loaded. The kernel runs all of them on every call and the strictest answer
+// counts. The list of allowed calls comes last: it does not allow to load more.
+//
+// Each condition has a filter of its own because the library, after a condition
+// that does not hold, compares what it last loaded of the argument with the
+// numbers of the calls that follow: in one filter, socket(56<<32|AF_VSOCK) is
+// taken for call 56, clone, and allowed.
+func enginePolicies(extra []string) []seccomp.Policy {
+	allowed := slices.Clone(engineSyscalls)
 	for _, name := range extra {
-		if !known[name] && !neverSyscalls[name] {
-			known[name] = true
+		if !neverSyscalls[name] && !slices.Contains(allowed, name) {
 			allowed = append(allowed, name)
 		}
 	}
-	onlyUnix := seccomp.ArgumentConditions{{Argument: 0, Operation: seccomp.Equal, Value: unix.AF_UNIX}}
-	return seccomp.Policy{
-		DefaultAction: seccomp.ActionErrno,
-		Syscalls: []seccomp.SyscallGroup{
-			{
-				// clone3's flags are out of a filter's sight. ENOSYS makes the C library
-				// fall back to clone, whose flags are not.
-				Action: seccomp.ActionErrno | seccomp.Action(unix.ENOSYS),
-				Names:  []string{"clone3"},
-			},
-			{
-				Action: seccomp.ActionAllow,
-				Names:  allowed,
-				NamesWithCondtions: []seccomp.NameWithConditions{
-					// A network namespace does not contain vsock: AF_VSOCK reaches the host
-					// from any of them. This condition is the only thing that keeps the
-					// engine, once it has read a prompt, from telling the host.
-					{Name: "socket", Conditions: onlyUnix},
-					{Name: "socketpair", Conditions: onlyUnix},
-					{Name: "clone", Conditions: seccomp.ArgumentConditions{
-						{Argument: 0, Operation: seccomp.BitsNotSet, Value: newNamespaces},
-					}},
+	return []seccomp.Policy{
+		// A network namespace does not contain vsock: AF_VSOCK reaches the host
+		// from any of them. This condition is the only thing that keeps the
+		// engine, once it has read a prompt, from telling the host.
+		refuse("socket", seccomp.NotEqual, unix.AF_UNIX),
+		refuse("socketpair", seccomp.NotEqual, unix.AF_UNIX),
+		refuse("clone", seccomp.BitsSet, newNamespaces),
+		{
+			DefaultAction: seccomp.ActionErrno,
+			Syscalls: []seccomp.SyscallGroup{
+				{
+					// clone3's flags are out of a filter's sight. ENOSYS makes the C library
+					// fall back to clone, whose flags are not.
+					Action: seccomp.ActionErrno | seccomp.Action(unix.ENOSYS),
+					Names:  []string{"clone3"},
 				},
+				{Action: seccomp.ActionAllow, Names: allowed},
 			},
 		},
 	}
+}
+
+// refuse is a filter that refuses a call on a condition of its first argument,
+// all 64 bits of it, and nothing else.
+func refuse(name string, operation seccomp.Operation, value uint64) seccomp.Policy {
+	return seccomp.Policy{
+		DefaultAction: seccomp.ActionAllow,
+		Syscalls: []seccomp.SyscallGroup{{
+			Action: seccomp.ActionErrno,
+			NamesWithCondtions: []seccomp.NameWithConditions{{
+				Name:       name,
+				Conditions: seccomp.ArgumentConditions{{Argument: 0, Operation: operation, Value: value}},
+			}},
+		}},
+	}
+}
+
+// loadFilters puts the engine's filters on this thread, for the rest of its life
+// and of what it executes.
+func loadFilters(extra []string) error {
+	for _, policy := range enginePolicies(extra) {
+		if err := seccomp.LoadFilter(seccomp.Filter{NoNewPrivs: true, Policy: policy}); err != nil {
+			return fmt.Errorf("load the system call filters: %w", err)
+		}
+	}
+	return nil
 }

@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -32,11 +33,11 @@ const (
 
 // supervisor keeps one engine running.
 type supervisor struct {
-	sandbox sandbox
-	socket  string        // the engine's door, as the agent sees it
-	health  string        // path that answers 200 once requests are taken
-	patient time.Duration // until it does so for the first time
-	cgroup  int
+	start   func(output *os.File) (<-chan syscall.WaitStatus, error) // starts it once
+	kill    func()                                                   // kills all that is left of it
+	socket  string                                                   // the engine's door, as the agent sees it
+	health  string                                                   // path that answers 200 once requests are taken
+	patient time.Duration                                            // until it does so for the first time
 	output  io.Writer
 	state   *port.State
 
@@ -110,8 +111,6 @@ func (s *supervisor) run(ctx context.Context, started chan<- error) error {
 
 // runOnce starts the engine, calls up when it answers, and returns how it ended.
 func (s *supervisor) runOnce(ctx context.Context, up func()) error {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
 	if err := os.Remove(s.socket); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err
 	}
@@ -121,20 +120,24 @@ func (s *supervisor) runOnce(ctx context.Context, up func()) error {
 	}
 	defer r.Close()
 	go func() { _, _ = io.Copy(s.output, r) }()
-	exit, err := s.sandbox.start(s.cgroup, w)
+	exit, err := s.start(w)
 	w.Close()
 	// Whatever happens, nothing of this run outlives it.
-	defer killCgroup(enginePath)
+	defer s.kill()
 	if err != nil {
 		return err
 	}
+	ctx, cancel := context.WithCancel(ctx)
 	hung := make(chan struct{})
-	go s.watch(ctx, up, hung)
+	var watch sync.WaitGroup
+	watch.Go(func() { s.watch(ctx, up, hung) })
+	// An answer that comes in late must not count for the next run.
+	defer func() { cancel(); watch.Wait() }()
 	select {
 	case status := <-exit:
 		return fmt.Errorf("the engine ended: %s", describe(status))
 	case <-hung:
-		killCgroup(enginePath)
+		s.kill()
 		<-exit
 		return errHung
 	}

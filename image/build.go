@@ -8,7 +8,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strings"
 
 	"chrysalis/image/toolsroot"
 )
@@ -45,14 +44,6 @@ func (b *Builder) prepare(ctx context.Context) (err error) {
 		return fmt.Errorf("make the output folder: %w", err)
 	}
 	return nil
-}
-
-// Tools returns the tools root, and makes it when it is not there.
-func (b *Builder) Tools(ctx context.Context) (*toolsroot.Root, error) {
-	if err := b.prepare(ctx); err != nil {
-		return nil, err
-	}
-	return b.tools, nil
 }
 
 // imageFiles are what mkosi reads for the guest image, below the source tree.
@@ -246,23 +237,4 @@ func copyTree(from, to string) error {
 		}
 		return os.Chmod(target, mode)
 	})
-}
-
-// ToolVersions runs the tools that decide what is built and launched and returns
-// their first line of output each, by name.
-func ToolVersions(ctx context.Context, root *toolsroot.Root) (map[string]string, error) {
-	versions := map[string]string{}
-	for name, args := range map[string][]string{
-		"mkosi": {"mkosi", "--version"}, "ukify": {"/usr/lib/systemd/ukify", "--version"},
-		"qemu": {"qemu-system-x86_64", "--version"}, "swtpm": {"swtpm", "--version"},
-		"vhost-device-vsock": {"vhost-device-vsock", "--version"}, "mkfs.erofs": {"mkfs.erofs", "--version"},
-		"veritysetup": {"veritysetup", "--version"},
-	} {
-		out, err := root.Cmd(ctx, toolsroot.Command{Args: args, Offline: true}).CombinedOutput()
-		if err != nil {
-			return nil, fmt.Errorf("%s: %w: %s", name, err, lastLines(string(out), 3))
-		}
-		versions[name], _, _ = strings.Cut(strings.TrimSpace(string(out)), "\n")
-	}
-	return versions, nil
 }

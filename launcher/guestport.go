@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"regexp"
 	"slices"
+	"sync/atomic"
 	"time"
 
 	"chrysalis/guest"
@@ -104,11 +105,28 @@ func readEvents(r io.Reader, pace time.Duration, each func(guest.Status)) error 
 	}
 }
 
-// guestHTTP sends GET requests to the VM's status port.
+// How long a connect to the status port may stay unanswered before the next one
+// is tried. A connect from before the VM's driver runs can get lost in the vsock
+// device for good; one that is only slow, because an emulated VM is, must not be
+// given up time and again.
+const (
+	minConnect = 2 * time.Second
+	maxConnect = 10 * time.Second
+)
+
+// guestHTTP sends GET requests to the VM's status port, one at a time.
 func guestHTTP(dialer Dialer) *http.Client {
+	var patience atomic.Int64
+	patience.Store(int64(minConnect))
 	return &http.Client{Transport: &http.Transport{
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return dialer.Dial(ctx, guest.PortStatus)
+			ctx, cancel := context.WithTimeout(ctx, time.Duration(patience.Load()))
+			defer cancel()
+			conn, err := dialer.Dial(ctx, guest.PortStatus)
+			if ctx.Err() != nil {
+				patience.Store(min(patience.Load()+int64(time.Second), int64(maxConnect)))
+			}
+			return conn, err
 		},
 		DisableKeepAlives:      true,
 		DisableCompression:     true,

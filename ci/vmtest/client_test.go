@@ -274,9 +274,17 @@ func TestClients(t *testing.T) {
 			t.Error("24 requests at once were all admitted, the limit is 8")
 		}
 	})
-	if s := h.guestStatus(); s.Counters["agent_rss_kib"] > 30<<10 || s.Counters["agent_rss_kib"] == 0 {
-		t.Errorf("the agent takes %d KiB of memory, at most 30 MB are allowed", s.Counters["agent_rss_kib"])
-	}
+	t.Run("the agent's memory", func(t *testing.T) {
+		// Large bodies may take more for a moment; afterwards it is given back.
+		var rss int64
+		for range 30 {
+			if rss = h.guestStatus().Counters["agent_rss_kib"]; rss > 0 && rss <= 30<<10 {
+				return
+			}
+			time.Sleep(time.Second)
+		}
+		t.Errorf("the agent takes %d KiB of memory, at most 30 MB are allowed", rss)
+	})
 }
 
 // openaiClient runs npm's openai, unmodified, against the endpoint.
@@ -475,7 +483,7 @@ func TestLifecycle(t *testing.T) {
 
 	// Everything of a VM dies with its supervisor, and what it left is no obstacle.
 	var vms []struct{ PID int }
-	r = h.run(time.Minute, "status", "--json")
+	r = h.run(time.Minute, "status", "default", "--json")
 	if err := json.Unmarshal([]byte(r.stdout), &vms); err != nil || len(vms) != 1 {
 		t.Fatalf("status: %v: %s", err, r)
 	}
@@ -487,7 +495,7 @@ func TestLifecycle(t *testing.T) {
 		t.Fatal(err)
 	}
 	h.noProcesses()
-	if r := h.run(time.Minute, "status"); !strings.Contains(r.stdout, "failed") && !strings.Contains(r.stdout, "ended") {
+	if r := h.run(time.Minute, "status", "default"); !strings.Contains(r.stdout, "failed") && !strings.Contains(r.stdout, "ended") {
 		t.Errorf("status after a kill: %s", r)
 	}
 	h.up("--engine", engine, "--model", demo)

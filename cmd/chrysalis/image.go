@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 
+	"chrysalis"
 	"chrysalis/image"
 )
 
@@ -16,13 +17,18 @@ type imageCommands struct {
 	Lock  ImageLockCmd  `cmd:"" help:"Resolve every package anew and rewrite the lock."`
 }
 
-// sourceFlags are what every command needs that builds from a source tree.
-type sourceFlags struct {
-	Source string   `default:"." type:"existingdir" placeholder:"DIR" help:"Top of the source tree (default: ${default})."`
+// mirrorFlags say where packages come from.
+type mirrorFlags struct {
 	Mirror []string `sep:"none" placeholder:"MIRROR" help:"A Debian mirror, or a directory laid out like one; repeat it for more, tried in turn (default: the host's own)."`
 }
 
-func (f sourceFlags) mirrors(ctx context.Context) ([]string, error) {
+// sourceFlags are what every command needs that builds from a source tree.
+type sourceFlags struct {
+	Source string `default:"." type:"existingdir" placeholder:"DIR" help:"Top of the source tree (default: ${default})."`
+	mirrorFlags
+}
+
+func (f mirrorFlags) mirrors(ctx context.Context) ([]string, error) {
 	if len(f.Mirror) > 0 {
 		return f.Mirror, nil
 	}
@@ -96,20 +102,24 @@ func (c *ImageBuildCmd) Run(ctx context.Context) error {
 	return nil
 }
 
-// ImageToolsCmd makes the tools root.
+// ImageToolsCmd makes the tools root that belongs to this program.
 type ImageToolsCmd struct {
-	sourceFlags
+	mirrorFlags
 }
 
 // Run makes it, unless it is there, and prints where it is.
 func (c *ImageToolsCmd) Run(ctx context.Context) error {
 	show := newSteps()
 	defer show.done()
-	b, err := c.builder(ctx, ".", show)
+	mirrors, err := c.mirrors(ctx)
 	if err != nil {
 		return err
 	}
-	root, err := b.Tools(ctx)
+	lock, err := image.ParseLock(chrysalis.ImageLock)
+	if err != nil {
+		return err
+	}
+	root, err := image.MakeTools(ctx, lock, mirrors, show.step)
 	if err != nil {
 		return err
 	}

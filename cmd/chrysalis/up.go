@@ -13,6 +13,7 @@ import (
 	"github.com/schollz/progressbar/v3"
 	"golang.org/x/sys/unix"
 
+	"chrysalis"
 	"chrysalis/guest"
 	"chrysalis/image"
 	"chrysalis/image/toolsroot"
@@ -74,12 +75,13 @@ func (c *UpCmd) Run(ctx context.Context) error {
 	return nil
 }
 
-// openToolsRoot opens the tools root at dir, or the pinned one.
+// openToolsRoot opens the tools root at dir, or the one that belongs to this
+// program.
 func openToolsRoot(dir string) (*toolsroot.Root, error) {
 	if dir != "" {
 		return toolsroot.Open(dir)
 	}
-	lock, err := image.ReadLock(".")
+	lock, err := image.ParseLock(chrysalis.ImageLock)
 	if err != nil {
 		return nil, err
 	}
