@@ -12,7 +12,6 @@ MIRROR ?=
 mirrors = $(foreach m,$(MIRROR),--mirror $(m))
 
 chrysalis = bin/chrysalis
-artefacts = out/chrysalis.efi out/llama.cpp.disk out/demo.disk
 
 .PHONY: demo test image bench lint clean deps test-deps
 
@@ -37,8 +36,9 @@ demo: image
 test: test-deps image
 	@ci/test
 
-bench: test-deps image
-	@ci/bench
+bench: image
+	@$(chrysalis) image build --profile bench $(mirrors) >/dev/null
+	@go run ./ci/bench
 
 lint: deps
 	@ci/lint

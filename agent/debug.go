@@ -7,13 +7,11 @@ import (
 	"os"
 )
 
-// imageName is the image that this agent is part of: the debug image has its
-// own, and so measurements that no policy approves.
-const imageName = "chrysalis-debug"
-
 var log console
 
 // console prints the agent's log, which holds errors but nothing of a request.
+// Images that are not published (mkosi.profiles) are built with it. They have
+// names, and so measurements, of their own, which no policy approves.
 type console struct{}
 
 func (console) printf(format string, args ...any) {

@@ -7,6 +7,10 @@ import (
 	"strings"
 )
 
+// imageName is the name of the image that this agent is part of. The image
+// build sets it, and it must agree with the image's own.
+var imageName = "unset"
+
 // imageInfo is /image.json, which the image build writes and which is measured
 // with the rest of the initrd.
 type imageInfo struct {

@@ -20,11 +20,7 @@ import (
 
 // phases is the boot. They run in this order; the first error ends the VM with
 // the phase's reason, or the one that the error carries.
-var phases = []struct {
-	name   guest.Phase
-	reason guest.Reason
-	run    func(*agent, context.Context) error
-}{
+var phases = []phase{
 	{guest.PhaseMounts, guest.ReasonMounts, (*agent).mount},
 	{guest.PhaseDevices, guest.ReasonDevice, (*agent).checkHardware},
 	{guest.PhaseModules, guest.ReasonModules, (*agent).loadModules},
@@ -36,6 +32,13 @@ var phases = []struct {
 	{guest.PhaseEngine, guest.ReasonEngineStart, (*agent).startEngine},
 	{guest.PhaseIdentity, guest.ReasonIdentity, (*agent).makeIdentity},
 	{guest.PhaseServe, guest.ReasonServe, (*agent).serve},
+}
+
+// phase is one step of the boot.
+type phase struct {
+	name   guest.Phase
+	reason guest.Reason // told to the host when run fails without one of its own
+	run    func(*agent, context.Context) error
 }
 
 // agent is what the phases hand on to each other.

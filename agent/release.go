@@ -9,9 +9,6 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// imageName is the image that this agent is part of.
-const imageName = "chrysalis"
-
 // log discards: the console is the host's to read.
 var log silent
 

@@ -204,7 +204,6 @@ func attempts() []attempt {
 		{"clone3", unix.SYS_CLONE3, [3]uintptr{}, unix.ENOSYS},
 		{"x32 socket", x32 | unix.SYS_SOCKET, [3]uintptr{unix.AF_INET, unix.SOCK_STREAM}, unix.ENOSYS},
 		{"x32 getpid", x32 | unix.SYS_GETPID, [3]uintptr{}, unix.ENOSYS},
-		{"seccomp", unix.SYS_SECCOMP, [3]uintptr{}, unix.EPERM},
 	}
 	// Every call that is not on the list, with arguments that do no harm should it
 	// be made.

@@ -64,7 +64,8 @@ func (b *Builder) UKI(ctx context.Context, profile string) (string, error) {
 		if _, err := os.Stat(filepath.Join(b.Source, "mkosi.profiles", profile)); err != nil {
 			return "", fmt.Errorf("there is no profile %q under mkosi.profiles", profile)
 		}
-		name, args, tags = "chrysalis-"+profile, []string{"--profile=" + profile}, profile
+		// Every profile but the published one may talk.
+		name, args, tags = "chrysalis-"+profile, []string{"--profile=" + profile}, "debug,"+profile
 	}
 	stage, err := b.stage(ctx, "image", b.Source, imageFiles)
 	if err != nil {
@@ -72,7 +73,7 @@ func (b *Builder) UKI(ctx context.Context, profile string) (string, error) {
 	}
 	defer removeTree(stage)
 	b.Progress("build the agent", 0, 0)
-	if err := BuildAgent(ctx, b.Source, filepath.Join(stage, "agent", "init"), tags); err != nil {
+	if err := BuildAgent(ctx, b.Source, filepath.Join(stage, "agent", "init"), name, tags); err != nil {
 		return "", err
 	}
 	b.Progress("build "+name+".efi", 0, 0)
@@ -186,14 +187,15 @@ func (b *Builder) mkosi(ctx context.Context, treeName, stage, artefact string, a
 	return path, nil
 }
 
-// BuildAgent compiles PID 1, static and without a trace of where it was built.
-func BuildAgent(ctx context.Context, source, out, tags string) error {
+// BuildAgent compiles PID 1 of the named image, static and without a trace of
+// where it was built.
+func BuildAgent(ctx context.Context, source, out, name, tags string) error {
 	if err := os.MkdirAll(filepath.Dir(out), 0o755); err != nil {
 		return err
 	}
 	cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-buildvcs=false",
 		// HTTP/2 is a megabyte of code that nothing in the guest may speak.
-		"-tags=nethttpomithttp2,"+tags, "-ldflags=-s -w -buildid=", "-o", out, "./agent")
+		"-tags=nethttpomithttp2,"+tags, "-ldflags=-s -w -buildid= -X main.imageName="+name, "-o", out, "./agent")
 	cmd.Dir = source
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux", "GOARCH=amd64", "GOAMD64=v1", "GOFLAGS=-mod=readonly", "GOTOOLCHAIN=local", "GOEXPERIMENT=")
 	if output, err := cmd.CombinedOutput(); err != nil {
