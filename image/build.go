@@ -230,13 +230,6 @@ func copyTree(from, to string) error {
 		if err := os.MkdirAll(filepath.Dir(target), 0o755); err != nil {
 			return err
 		}
-		data, err := os.ReadFile(path)
-		if err != nil {
-			return err
-		}
-		if err := os.WriteFile(target, data, mode); err != nil {
-			return err
-		}
-		return os.Chmod(target, mode)
+		return copyFile(path, target, mode)
 	})
 }

@@ -20,7 +20,7 @@ import (
 )
 
 // Progress is told what long work is at. Total is 0 when it is not known; units
-// are bytes for downloads.
+// are bytes for downloads. Downloads call it from several goroutines at once.
 type Progress func(what string, done, total int64)
 
 // maxMirrorWait bounds how long one package may take to arrive.
@@ -58,7 +58,13 @@ func Fetch(ctx context.Context, tree *Tree, mirrors []string, progress Progress)
 		})
 	}
 	group.Wait()
-	return paths, errors.Join(errs...)
+	if err := ctx.Err(); err != nil {
+		return nil, fmt.Errorf("fetch %s: %w", tree.Name, err)
+	}
+	if err := errors.Join(errs...); err != nil {
+		return nil, err
+	}
+	return paths, nil
 }
 
 func fetch(ctx context.Context, dir string, p Package, mirrors []string) (string, error) {
@@ -71,6 +77,9 @@ func fetch(ctx context.Context, dir string, p Package, mirrors []string) (string
 		if err := os.Remove(path); err != nil {
 			return "", fmt.Errorf("package %s: drop its damaged cache entry: %w", p.Name, err)
 		}
+	}
+	if len(mirrors) == 0 {
+		return "", fmt.Errorf("package %s %s (sha256 %s) is not in the cache and there is no mirror; give one with --mirror", p.Name, p.Version, p.SHA256)
 	}
 	var tried []error
 	for _, mirror := range mirrors {

@@ -54,7 +54,7 @@ type Package struct {
 // also what an auditor is handed, so it is read as strictly as anything else.
 var (
 	packageNameRE = regexp.MustCompile(`^[a-z0-9][a-z0-9+.-]{1,127}$`)
-	poolPathRE    = regexp.MustCompile(`^pool/[A-Za-z0-9+.~_%/-]{1,300}\.deb$`)
+	poolPathRE    = regexp.MustCompile(`^pool/[A-Za-z0-9+.~_/-]{1,300}\.deb$`)
 	sha256RE      = regexp.MustCompile(`^[0-9a-f]{64}$`)
 )
 
@@ -75,7 +75,9 @@ func ReadLock(dir string) (*Lock, error) {
 }
 
 // ParseLock reads a lock, strictly: unknown fields, a package twice, a path out
-// of the pool or a malformed hash are errors that name the package.
+// of the pool or a malformed hash are errors that name the package. So is every
+// byte that Encode would write otherwise: a lock has one form, so a reader who
+// skims it sees what this program sees.
 func ParseLock(data []byte) (*Lock, error) {
 	var lock Lock
 	dec := json.NewDecoder(bytes.NewReader(data))
@@ -83,13 +85,18 @@ func ParseLock(data []byte) (*Lock, error) {
 	if err := dec.Decode(&lock); err != nil {
 		return nil, fmt.Errorf("not a lock: %w", err)
 	}
-	if dec.More() {
-		return nil, errors.New("not a lock: data after its end")
-	}
 	if lock.Version != 1 {
 		return nil, fmt.Errorf("lock version is %d, this program reads version 1", lock.Version)
 	}
-	for _, tree := range lock.Trees {
+	for i, tree := range lock.Trees {
+		switch {
+		case tree.Name == "":
+			return nil, fmt.Errorf("tree %d has no name", i)
+		case i > 0 && lock.Trees[i-1].Name >= tree.Name:
+			return nil, fmt.Errorf("tree %s is there twice or out of order", tree.Name)
+		case len(tree.Suites) == 0:
+			return nil, fmt.Errorf("tree %s comes from no suite", tree.Name)
+		}
 		seen := map[string]bool{}
 		for _, p := range tree.Packages {
 			switch {
@@ -97,6 +104,8 @@ func ParseLock(data []byte) (*Lock, error) {
 				return nil, fmt.Errorf("tree %s: %q is not a package's name", tree.Name, p.Name)
 			case seen[p.Name]:
 				return nil, fmt.Errorf("tree %s: package %s is there twice", tree.Name, p.Name)
+			case p.Arch != "amd64" && p.Arch != "all":
+				return nil, fmt.Errorf("tree %s: package %s: architecture %q is neither amd64 nor all", tree.Name, p.Name, p.Arch)
 			case !poolPathRE.MatchString(p.Path) || strings.Contains(p.Path, ".."):
 				return nil, fmt.Errorf("tree %s: package %s: %q is not a path in a mirror's pool", tree.Name, p.Name, p.Path)
 			case !sha256RE.MatchString(p.SHA256):
@@ -106,6 +115,13 @@ func ParseLock(data []byte) (*Lock, error) {
 			}
 			seen[p.Name] = true
 		}
+	}
+	if want := lock.Encode(); !bytes.Equal(want, data) {
+		at := 0
+		for at < len(want) && at < len(data) && want[at] == data[at] {
+			at++
+		}
+		return nil, fmt.Errorf("line %d is not as 'chrysalis image lock' writes it", 1+bytes.Count(data[:at], []byte("\n")))
 	}
 	return &lock, nil
 }

@@ -15,7 +15,7 @@ import (
 
 // toolsRecipe changes whenever the way in which a tools root is made does, so
 // that an old one in the cache is not taken for a new one.
-const toolsRecipe = "tools/1"
+const toolsRecipe = "tools/2"
 
 // OpenTools returns the tools root that the lock names, which must have been
 // made before.
@@ -68,6 +68,10 @@ func MakeTools(ctx context.Context, lock *Lock, mirrors []string, progress Progr
 		return nil, err
 	}
 	defer os.RemoveAll(repo)
+	// An ordinary user's mmdebstrap reads it as somebody else.
+	if err := os.Chmod(repo, 0o755); err != nil {
+		return nil, err
+	}
 	if err := writeRepository(ctx, repo, tree, paths); err != nil {
 		return nil, fmt.Errorf("make a local repository of the tools: %w", err)
 	}
@@ -81,8 +85,13 @@ func MakeTools(ctx context.Context, lock *Lock, mirrors []string, progress Progr
 	for i, p := range tree.Packages {
 		names[i] = p.Name
 	}
-	cmd := exec.CommandContext(ctx, "mmdebstrap",
-		"--variant=apt", "--architectures=amd64", "--skip=check/qemu",
+	if err := os.Mkdir(half, 0o755); err != nil {
+		return nil, err
+	}
+	// By way of a tar, because the tree that mmdebstrap makes for an ordinary user
+	// belongs to subordinate user ids: this one is the user's own.
+	build := exec.CommandContext(ctx, "mmdebstrap",
+		"--variant=apt", "--format=tar", "--architectures=amd64", "--skip=check/qemu,output/dev",
 		"--include="+strings.Join(names, ","),
 		"--aptopt=APT::Install-Recommends \"false\"",
 		"--aptopt=Acquire::Languages \"none\"",
@@ -90,13 +99,12 @@ func MakeTools(ctx context.Context, lock *Lock, mirrors []string, progress Progr
 		"--dpkgopt=path-exclude=/usr/share/man/*",
 		"--dpkgopt=path-exclude=/usr/share/locale/*",
 		"--dpkgopt=force-unsafe-io",
-		tree.Suites[0].Name, half,
+		tree.Suites[0].Name, "-",
 		"deb [trusted=yes] copy://"+repo+" ./")
-	cmd.Env = append(os.Environ(), fmt.Sprintf("SOURCE_DATE_EPOCH=%d", tree.Epoch().Unix()), "LC_ALL=C.UTF-8")
-	var output bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &output, &output
-	if err := cmd.Run(); err != nil {
-		return nil, fmt.Errorf("mmdebstrap: %w\n%s", err, lastLines(output.String(), 20))
+	build.Env = append(os.Environ(), fmt.Sprintf("SOURCE_DATE_EPOCH=%d", tree.Epoch().Unix()), "LC_ALL=C.UTF-8")
+	unpack := exec.CommandContext(ctx, "tar", "--extract", "--no-same-owner", "--preserve-permissions", "--exclude=./dev/*", "--directory="+half)
+	if err := pipe(build, unpack); err != nil {
+		return nil, err
 	}
 	if err := toolsroot.Seal(half); err != nil {
 		return nil, err
@@ -105,6 +113,33 @@ func MakeTools(ctx context.Context, lock *Lock, mirrors []string, progress Progr
 		return nil, fmt.Errorf("put the tools root in place: %w", err)
 	}
 	return toolsroot.Open(dir)
+}
+
+// pipe runs two commands, the output of one being the input of the other.
+func pipe(from, to *exec.Cmd) error {
+	var fromErrors, toErrors bytes.Buffer
+	from.Stderr, to.Stderr = &fromErrors, &toErrors
+	r, w, err := os.Pipe()
+	if err != nil {
+		return err
+	}
+	from.Stdout, to.Stdin = w, r
+	if err := to.Start(); err != nil {
+		r.Close()
+		w.Close()
+		return fmt.Errorf("%s: %w", to.Args[0], err)
+	}
+	r.Close()
+	fromErr := from.Run()
+	w.Close()
+	toErr := to.Wait()
+	if fromErr != nil {
+		return fmt.Errorf("%s: %w\n%s", from.Args[0], fromErr, lastLines(fromErrors.String(), 20))
+	}
+	if toErr != nil {
+		return fmt.Errorf("%s: %w\n%s", to.Args[0], toErr, lastLines(toErrors.String(), 20))
+	}
+	return nil
 }
 
 // writeRepository lays out a flat Debian repository of hash-checked packages.
@@ -118,7 +153,7 @@ func writeRepository(ctx context.Context, dir string, tree *Tree, paths []string
 		group.Go(func() {
 			defer func() { <-slots }()
 			name := p.SHA256[:16] + ".deb"
-			if errs[i] = os.Symlink(paths[i], filepath.Join(dir, name)); errs[i] != nil {
+			if errs[i] = copyFile(paths[i], filepath.Join(dir, name), 0o644); errs[i] != nil {
 				return
 			}
 			control, err := exec.CommandContext(ctx, "dpkg-deb", "-f", paths[i]).Output()

@@ -88,8 +88,10 @@ func (c *ImageBuildCmd) Run(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		if rel, err := filepath.Rel(".", path); err == nil && filepath.IsLocal(rel) {
-			path = rel
+		if here, err := os.Getwd(); err == nil {
+			if rel, err := filepath.Rel(here, path); err == nil && filepath.IsLocal(rel) {
+				path = rel
+			}
 		}
 		list = append(list, artefact{path, size, sum})
 	}

@@ -3,7 +3,6 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"os"
 	"os/signal"
@@ -42,10 +41,6 @@ func main() {
 	k.BindTo(ctx, (*context.Context)(nil))
 	if err := k.Run(); err != nil {
 		fmt.Fprintln(os.Stderr, "chrysalis:", terminal.Clean(err.Error()))
-		var coder interface{ ExitCode() int }
-		if errors.As(err, &coder) {
-			os.Exit(coder.ExitCode())
-		}
 		os.Exit(1)
 	}
 }

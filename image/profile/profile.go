@@ -70,7 +70,7 @@ var (
 	nameRE        = regexp.MustCompile(`^[a-z0-9][a-z0-9._-]{0,63}$`)
 	parameterRE   = regexp.MustCompile(`^[a-z][a-z0-9_]{0,31}$`)
 	variableRE    = regexp.MustCompile(`^[A-Z_][A-Z0-9_]{0,63}$`)
-	placeholderRE = regexp.MustCompile(`\$\{([a-z0-9_]*)\}`)
+	placeholderRE = regexp.MustCompile(`\$\{([^}]*)\}`)
 	syscallRE     = regexp.MustCompile(`^[a-z0-9_]{2,40}$`)
 )
 
@@ -125,8 +125,11 @@ func Parse(data []byte) (*Profile, error) {
 	if len(p.Argv[0].Args) == 0 {
 		return nil, errors.New("engine profile: argv starts with an empty group, expected the program")
 	}
-	if program := p.Argv[0].Args[0]; !path.IsAbs(program) || path.Clean(program) != program {
+	if program := p.Argv[0].Args[0]; !path.IsAbs(program) || path.Clean(program) != program || placeholderRE.MatchString(program) {
 		return nil, fmt.Errorf("engine profile: the program %q is not an absolute path", program)
+	}
+	if p.Argv[0].If != "" {
+		return nil, fmt.Errorf("engine profile: the program depends on %q", p.Argv[0].If)
 	}
 	for name, value := range p.Environment {
 		if !variableRE.MatchString(name) || strings.ContainsRune(value, 0) {

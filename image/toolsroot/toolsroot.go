@@ -98,7 +98,7 @@ func (r *Root) Cmd(ctx context.Context, c Command) *exec.Cmd {
 		"--dir", "/home", "--dir", "/srv", "--dir", "/mnt", "--dir", "/media", "--dir", "/opt", "--dir", "/boot", "--dir", "/sys",
 		"--clearenv",
 		"--setenv", "PATH", "/usr/sbin:/usr/bin:/sbin:/bin",
-		"--setenv", "HOME", "/root",
+		"--setenv", "HOME", "/root", "--setenv", "LOGNAME", "chrysalis",
 		"--setenv", "LC_ALL", "C.UTF-8",
 	}
 	if c.Devices {
