@@ -28,7 +28,7 @@ func init() {
 const benchBody = `{"cache_prompt":false,"max_tokens":64,"messages":[{"role":"user","content":"Who can read my prompt?"}],` +
 	`"model":"chrysalis/demo","stream":true,"temperature":0}`
 
-const benchRuns = 11
+const benchRuns, benchWarmUp = 11, 5
 
 // measureEngine prints the medians of time to first event and events a second.
 func (a *agent) measureEngine(ctx context.Context) error {
@@ -37,12 +37,12 @@ func (a *agent) measureEngine(ctx context.Context) error {
 		DisableKeepAlives: true,
 	}}
 	var firsts, rates []float64
-	for i := range benchRuns + 1 {
+	for i := range benchRuns + benchWarmUp {
 		first, rate, err := askOnce(ctx, client)
 		if err != nil {
 			return fmt.Errorf("measure the engine: %w", err)
 		}
-		if i > 0 { // the first run warms up
+		if i >= benchWarmUp {
 			firsts, rates = append(firsts, first), append(rates, rate)
 		}
 	}

@@ -649,7 +649,7 @@ func TestEngineFailures(t *testing.T) {
 		{"no stream", helloStream, func(w http.ResponseWriter, r *http.Request) { sayJSON(w, 200, `{}`) }, 502, "engine_failed", 1},
 		{"500", hello, func(w http.ResponseWriter, r *http.Request) { sayJSON(w, 500, `{"error":{"message":"secret"}}`) }, 502, "engine_failed", 1},
 		{"404", hello, func(w http.ResponseWriter, r *http.Request) { sayJSON(w, 404, `{"error":{"message":"secret"}}`) }, 502, "engine_failed", 1},
-		{"redirect", hello, func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, "/slots", 302) }, 502, "engine_failed", 1},
+		{"redirect", hello, func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, "/slots", http.StatusFound) }, 502, "engine_failed", 1},
 		{"400", hello, func(w http.ResponseWriter, r *http.Request) {
 			sayJSON(w, 400, `{"error":{"message":"too long \u003c`+strings.Repeat("é", 2000)+`","type":"x","secret":1}}`)
 		}, 400, "engine_refused", 0},
