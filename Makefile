@@ -28,6 +28,7 @@ $(chrysalis): deps
 
 image: $(chrysalis)
 	@$(chrysalis) image build $(mirrors)
+	@$(chrysalis) image build --profile debug $(mirrors) >/dev/null
 	@$(chrysalis) model pack models/demo/demo.gguf --name chrysalis/demo --revision 1 --force -o out/demo.disk
 
 demo: image

@@ -25,8 +25,6 @@ type pciDevice struct {
 var pciDevices = []pciDevice{
 	{vendor: "0x8086", device: "0x29c0", class: "0x0600", what: "q35 host bridge"},
 	{vendor: "0x8086", device: "0x2918", class: "0x0601", what: "ICH9 LPC bridge"},
-	{vendor: "0x8086", device: "0x2922", class: "0x0106", what: "ICH9 SATA controller, always there and never bound"},
-	{vendor: "0x8086", device: "0x2930", class: "0x0c05", what: "ICH9 SMBus"},
 	{vendor: "0x1b36", device: "0x000c", class: "0x0604", driver: "pcieport", what: "PCIe root port"},
 	{vendor: "0x1af4", device: "0x1042", class: "0x0100", driver: "virtio-pci", what: "virtio block"},
 	{vendor: "0x1af4", device: "0x1053", class: "0x0780", driver: "virtio-pci", what: "virtio vsock"},
@@ -34,11 +32,16 @@ var pciDevices = []pciDevice{
 	{vendor: "0x10de", class: "0x0302", gpu: true, what: "NVIDIA GPU"},
 }
 
-// virtioDrivers names the driver for each virtio device type that may be used
-// (VIRTIO 1.3, section 5).
+// The virtio device types that may be used (VIRTIO 1.3, section 5), as sysfs
+// writes them, and their drivers.
+const (
+	virtioBlock = "0x0002"
+	virtioVsock = "0x0013"
+)
+
 var virtioDrivers = map[string]string{
-	"0x0002": "virtio_blk",
-	"0x0013": "vmw_vsock_virtio_transport",
+	virtioBlock: "virtio_blk",
+	virtioVsock: "vmw_vsock_virtio_transport",
 }
 
 // sysfs is where the kernel shows the devices.
@@ -96,18 +99,18 @@ func checkDevices(sysfs string) (gpus int, err error) {
 	return gpus, nil
 }
 
-// bindDevices binds each virtio device to the driver of the table.
-func bindDevices() error {
+// bindDevices binds each virtio device of some types to its driver.
+func bindDevices(types ...string) error {
 	devices, err := filepath.Glob("/sys/bus/virtio/devices/*")
 	if err != nil {
 		return err
 	}
 	for _, dir := range devices {
-		driver := virtioDrivers[attribute(dir, "device")]
-		name := filepath.Base(dir)
-		if driver == "" || boundDriver(dir) != "" {
+		kind, name := attribute(dir, "device"), filepath.Base(dir)
+		if !slices.Contains(types, kind) || boundDriver(dir) != "" {
 			continue
 		}
+		driver := virtioDrivers[kind]
 		if err := os.WriteFile("/sys/bus/virtio/drivers/"+driver+"/bind", []byte(name), 0); err != nil {
 			return fmt.Errorf("bind %s to %s: %w", name, driver, err)
 		}

@@ -70,7 +70,11 @@ func (a *agent) openDisks(ctx context.Context) (err error) {
 		a.models = append(a.models, path)
 	}
 	a.background(guest.ReasonDiskCorrupt, func() error {
-		return verity.Watch(ctx, a.devices, func(*verity.Device) {})
+		device, err := verity.Watch(ctx, a.devices)
+		if err != nil {
+			return err
+		}
+		return fmt.Errorf("%s: %w", device.Path, verity.ErrCorrupt)
 	})
 	data, err := readBounded(filepath.Join(a.engine, profile.Path), profile.MaxSize)
 	if err != nil {
@@ -96,10 +100,10 @@ func (a *agent) openDisk(name string, d manifest.Disk) (string, error) {
 	}
 	device, err := verity.Params{RootHash: root, Salt: salt, DataBlocks: uint64(d.DataBlocks)}.Find(name, candidates)
 	switch {
-	case errors.Is(err, verity.ErrNotFound), errors.Is(err, verity.ErrInvalid):
-		return "", because(guest.ReasonDiskMissing, err)
 	case errors.Is(err, verity.ErrCorrupt):
 		return "", because(guest.ReasonDiskCorrupt, err)
+	case errors.Is(err, verity.ErrNotFound), errors.Is(err, verity.ErrInvalid):
+		return "", because(guest.ReasonDiskMissing, err)
 	case err != nil:
 		return "", err
 	}

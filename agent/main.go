@@ -30,7 +30,7 @@ func main() {
 	debug.SetMemoryLimit(heapLimit)
 	a := newAgent(time.Now(), kernelTime())
 	a.guard(func() {
-		a.end(a.boot(context.Background()))
+		a.end(a.boot())
 	})
 }
 
@@ -55,8 +55,8 @@ func because(reason guest.Reason, err error) error {
 	return &fault{reason, err}
 }
 
-// guard runs f and ends the VM if it panics. Every goroutine of the agent
-// starts with it.
+// guard runs f and ends the VM if it panics. The agent's own goroutines start
+// with it; a server contains the panics of its connections.
 func (a *agent) guard(f func()) {
 	defer func() {
 		if p := recover(); p != nil {
@@ -71,10 +71,16 @@ func (a *agent) guard(f func()) {
 // where an emulated VM's host is busy.
 const endGrace = 20 * time.Second
 
+// endExtra is how much longer everything else that end does may take.
+const endExtra = 10 * time.Second
+
 // end ends the VM. It is the only way out, from wherever it is called: the
 // reason is told, the engine is killed, the machine is powered off.
 func (a *agent) end(err error) {
 	a.ending.Lock() // the first caller wins; it never unlocks
+	// Whatever goes wrong from here on, even a panic, the machine goes off.
+	time.AfterFunc(endGrace+endExtra, powerOff)
+	a.stop() // no request is admitted and no engine started any more
 	reason := guest.ReasonPanic
 	var f *fault
 	if errors.As(err, &f) {
@@ -83,10 +89,32 @@ func (a *agent) end(err error) {
 	log.printf("the VM ends: %s: %v", reason, err)
 	a.state.End(reason)
 	a.killEngine()
-	ctx, cancel := context.WithTimeout(context.Background(), endGrace)
-	defer cancel()
-	a.state.WaitDelivered(ctx)
+	if a.status == nil {
+		a.lastWords()
+	}
+	if a.status != nil {
+		ctx, cancel := context.WithTimeout(context.Background(), endGrace)
+		defer cancel()
+		a.state.WaitDelivered(ctx)
+	}
 	powerOff()
+}
+
+// lastWords opens the status port for a VM that ends before its time came, so
+// that the host learns the reason. No driver but vsock's is bound for it.
+func (a *agent) lastWords() {
+	if err := stopAutoBinding(); err != nil {
+		return
+	}
+	if err := loadModules(modulesPath, false); err != nil {
+		log.printf("last words: %v", err)
+	}
+	if err := bindDevices(virtioVsock); err != nil {
+		log.printf("last words: %v", err)
+	}
+	if err := a.openStatus(); err != nil {
+		log.printf("last words: %v", err)
+	}
 }
 
 // powerOff never returns. Nothing is mounted for writing, so there is nothing

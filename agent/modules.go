@@ -16,6 +16,9 @@ var moduleName = regexp.MustCompile(`^[0-9]{2}-([A-Za-z0-9_-]+)\.ko$`)
 // tdx-guest refuses.
 var tdxModules = map[string]bool{"configfs": true, "tsm_report": true, "tdx-guest": true}
 
+// modulesPath is where the initrd has them.
+const modulesPath = "/modules"
+
 // loadModules loads the initrd's modules in the order of their file names,
 // which the image build derived from their dependencies, and frees their memory.
 func loadModules(dir string, tdx bool) error {

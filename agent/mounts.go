@@ -19,8 +19,7 @@ type mount struct {
 
 const safe = unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC
 
-// mounts is everything that the agent itself needs, in order. /dev comes first:
-// until it is there the agent cannot even discard what it would print.
+// mounts is everything that the agent itself needs, in order.
 var mounts = []mount{
 	{"devtmpfs", "/dev", "devtmpfs", unix.MS_NOSUID | unix.MS_NOEXEC, "mode=0755"},
 	{"proc", "/proc", "proc", safe, "hidepid=invisible"},

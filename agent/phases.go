@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"os"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"chrysalis/agent/api"
@@ -44,6 +45,9 @@ type phase struct {
 // agent is what the phases hand on to each other.
 type agent struct {
 	ending   sync.Mutex
+	alive    context.Context // ends when the VM is about to
+	stop     context.CancelFunc
+	restarts atomic.Int64 // of the engine
 	state    *port.State
 	counters api.Counters
 
@@ -64,16 +68,17 @@ type agent struct {
 
 func newAgent(start time.Time, kernel time.Duration) *agent {
 	a := &agent{}
+	a.alive, a.stop = context.WithCancel(context.Background())
 	a.state = port.NewState(imageName, start, kernel, a.count)
 	return a
 }
 
 // boot runs the phases. It returns only when one of them fails.
-func (a *agent) boot(ctx context.Context) error {
+func (a *agent) boot() error {
 	for _, phase := range phases {
 		a.state.Begin(phase.name)
 		log.printf("phase %s", phase.name)
-		if err := because(phase.reason, phase.run(a, ctx)); err != nil {
+		if err := because(phase.reason, phase.run(a, a.alive)); err != nil {
 			return fmt.Errorf("phase %s: %w", phase.name, err)
 		}
 	}
@@ -97,15 +102,13 @@ func (a *agent) mount(context.Context) error {
 	if err := because(guest.ReasonInitrd, checkInitrd()); err != nil {
 		return err
 	}
-	for i, m := range mounts {
+	for _, m := range mounts {
 		if err := m.do(); err != nil {
 			return err
 		}
-		if i == 0 {
-			if err := quietConsole(); err != nil {
-				return err
-			}
-		}
+	}
+	if err := quietConsole(); err != nil {
+		return err
 	}
 	go a.guard(reaper.run)
 	ignoreSignals()
@@ -129,15 +132,20 @@ func (a *agent) checkHardware(context.Context) (err error) {
 // loadModules loads the drivers, binds the devices, and opens the status port:
 // from here on the host can be told what goes wrong.
 func (a *agent) loadModules(context.Context) error {
-	if err := loadModules("/modules", hasTDX()); err != nil {
+	if err := loadModules(modulesPath, hasTDX()); err != nil {
 		return err
 	}
-	if err := because(guest.ReasonDevice, bindDevices()); err != nil {
+	if err := because(guest.ReasonDevice, bindDevices(virtioBlock, virtioVsock)); err != nil {
 		return err
 	}
+	return because(guest.ReasonServe, a.openStatus())
+}
+
+// openStatus opens the status port.
+func (a *agent) openStatus() error {
 	ln, err := listen(guest.PortStatus)
 	if err != nil {
-		return because(guest.ReasonServe, err)
+		return err
 	}
 	a.status = port.NewStatus(a.state, &a.engineLog)
 	a.background(guest.ReasonServe, func() error { return a.status.Serve(ln) })
@@ -190,7 +198,7 @@ func (a *agent) serve(context.Context) error {
 		Limits:      a.manifest.Limits,
 		Certificate: a.identity,
 		Engine:      a.child.dial,
-		Ready:       a.child.ready,
+		Ready:       func() bool { return a.alive.Err() == nil && a.child.ready() },
 		FirstClient: a.status.CloseLog,
 		Counters:    &a.counters,
 	})
@@ -209,7 +217,7 @@ func (a *agent) serve(context.Context) error {
 	a.background(guest.ReasonServe, func() error {
 		return (&port.Control{Host: isHost, Handle: a.control}).Serve(control)
 	})
-	a.state.SetReady(true)
+	a.state.SetServing()
 	return nil
 }
 
@@ -233,7 +241,7 @@ func (a *agent) control(r guest.ControlRequest) (guest.ControlReply, func()) {
 			a.end(&fault{guest.ReasonStopped, errors.New("the host asked for it")})
 		}
 	default:
-		return guest.ControlReply{Error: port.ErrorUnknownOp}, nil
+		return guest.ControlReply{Error: guest.ErrorUnknownOp}, nil
 	}
 }
 
@@ -241,9 +249,7 @@ func (a *agent) control(r guest.ControlRequest) (guest.ControlReply, func()) {
 func (a *agent) count() guest.CounterTable {
 	var t guest.CounterTable
 	a.counters.Fill(&t)
-	if a.child != nil {
-		t.EngineRestarts = a.child.restarts.Load()
-	}
+	t.EngineRestarts = a.restarts.Load()
 	t.AgentRSSKiB, t.AgentPeakKiB = residentMemory(os.Getpid())
 	return t
 }

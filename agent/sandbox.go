@@ -70,7 +70,8 @@ func (s *sandbox) start(cgroup int, output *os.File) (<-chan syscall.WaitStatus,
 	if err != nil {
 		return nil, fmt.Errorf("start the engine's process: %w", err)
 	}
-	// The pipe holds 64 KiB, so this does not wait for the child.
+	// The child has the only other end: if it is gone, this fails rather than waits.
+	r.Close()
 	if _, err := w.Write(config); err != nil {
 		return nil, fmt.Errorf("tell the engine's process what to run: %w", err)
 	}

@@ -5,6 +5,7 @@ import (
 	"slices"
 
 	seccomp "github.com/elastic/go-seccomp-bpf"
+	"github.com/elastic/go-seccomp-bpf/arch"
 	"golang.org/x/sys/unix"
 )
 
@@ -65,6 +66,23 @@ var neverSyscalls = map[string]bool{
 // newNamespaces are clone's flags that make namespaces.
 const newNamespaces = unix.CLONE_NEWNS | unix.CLONE_NEWCGROUP | unix.CLONE_NEWUTS | unix.CLONE_NEWIPC |
 	unix.CLONE_NEWUSER | unix.CLONE_NEWPID | unix.CLONE_NEWNET
+
+// checkSyscalls refuses system calls that a profile asks for in vain.
+func checkSyscalls(extra []string) error {
+	info, err := arch.GetInfo("")
+	if err != nil {
+		return fmt.Errorf("engine profile: %w", err)
+	}
+	for _, name := range extra {
+		if neverSyscalls[name] {
+			return fmt.Errorf("engine profile: no engine may call %s", name)
+		}
+		if _, known := info.SyscallNames[name]; !known {
+			return fmt.Errorf("engine profile: there is no system call %q", name)
+		}
+	}
+	return nil
+}
 
 // enginePolicies are the engine's filters, in the order in which they are
 // loaded. The kernel runs all of them on every call and the strictest answer

@@ -21,14 +21,15 @@ import (
 // answer and the others a restart; it must not be able to use up the VM, and an
 // engine that cannot work must not spin for ever.
 const (
-	firstTries    = 3                      // starts before the engine has answered once
-	maxDeaths     = 10                     // in deathWindow, after it has
-	deathWindow   = 10 * time.Minute       //
+	firstTries    = 3  // starts before the engine has answered once
+	maxDeaths     = 10 // in deathWindow, after it has
+	deathWindow   = 10 * time.Minute
 	firstBackoff  = 200 * time.Millisecond // doubled with every death in a row
 	maxBackoff    = 10 * time.Second
 	steadyAfter   = time.Minute // running that long forgets the deaths in a row
 	healthEvery   = 10 * time.Second
 	healthMissing = 2 * time.Minute // without an answer: it hangs, and is killed
+	outputGrace   = 200 * time.Millisecond
 )
 
 // supervisor keeps one engine running.
@@ -42,7 +43,7 @@ type supervisor struct {
 	state   *port.State
 
 	up       atomic.Bool
-	restarts atomic.Int64
+	restarts *atomic.Int64
 }
 
 // errHung says that the engine was killed because it did not answer.
@@ -57,7 +58,7 @@ func (s *supervisor) dial(ctx context.Context) (net.Conn, error) {
 	return d.DialContext(ctx, "unix", s.socket)
 }
 
-// run keeps the engine running and returns why it no longer can. Started gets
+// run keeps the engine running until ctx ends, or returns why it no longer can. Started gets
 // one value: nil when the engine first answers, or the error of the last try.
 func (s *supervisor) run(ctx context.Context, started chan<- error) error {
 	var (
@@ -71,11 +72,14 @@ func (s *supervisor) run(ctx context.Context, started chan<- error) error {
 			if !once {
 				once = true
 				started <- nil
-			} else {
-				s.state.SetReady(true)
 			}
+			s.state.SetEngine(true)
 		})
 		s.up.Store(false)
+		s.state.SetEngine(false)
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
 		log.printf("the engine ended: %v", err)
 		now := time.Now()
 		if now.Sub(begin) > steadyAfter {
@@ -95,7 +99,6 @@ func (s *supervisor) run(ctx context.Context, started chan<- error) error {
 				return err
 			}
 		} else {
-			s.state.SetReady(false)
 			deaths = append(deaths, now)
 			for now.Sub(deaths[0]) > deathWindow {
 				deaths = deaths[1:]
@@ -104,22 +107,35 @@ func (s *supervisor) run(ctx context.Context, started chan<- error) error {
 				return because(guest.ReasonEngineFailing, err)
 			}
 		}
-		time.Sleep(min(firstBackoff<<(min(inRow, 10)-1), maxBackoff))
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(min(firstBackoff<<(min(inRow, 10)-1), maxBackoff)):
+		}
 		s.restarts.Add(1)
 	}
 }
 
 // runOnce starts the engine, calls up when it answers, and returns how it ended.
 func (s *supervisor) runOnce(ctx context.Context, up func()) error {
-	if err := os.Remove(s.socket); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return err
-	}
 	r, w, err := os.Pipe()
 	if err != nil {
 		return err
 	}
-	defer r.Close()
-	go func() { _, _ = io.Copy(s.output, r) }()
+	copied := make(chan struct{})
+	go func() {
+		defer close(copied)
+		_, _ = io.Copy(s.output, r)
+	}()
+	defer func() {
+		// What it wrote last says why it ended. Nothing holds the other end by now,
+		// unless the kernel is slow to kill it.
+		select {
+		case <-copied:
+		case <-time.After(outputGrace):
+		}
+		r.Close()
+	}()
 	exit, err := s.start(w)
 	w.Close()
 	// Whatever happens, nothing of this run outlives it.
@@ -127,10 +143,10 @@ func (s *supervisor) runOnce(ctx context.Context, up func()) error {
 	if err != nil {
 		return err
 	}
-	ctx, cancel := context.WithCancel(ctx)
+	watched, cancel := context.WithCancel(ctx)
 	hung := make(chan struct{})
 	var watch sync.WaitGroup
-	watch.Go(func() { s.watch(ctx, up, hung) })
+	watch.Go(func() { s.watch(watched, up, hung) })
 	// An answer that comes in late must not count for the next run.
 	defer func() { cancel(); watch.Wait() }()
 	select {
@@ -140,6 +156,10 @@ func (s *supervisor) runOnce(ctx context.Context, up func()) error {
 		s.kill()
 		<-exit
 		return errHung
+	case <-ctx.Done():
+		s.kill()
+		<-exit
+		return ctx.Err()
 	}
 }
 
@@ -149,6 +169,8 @@ func (s *supervisor) watch(ctx context.Context, up func(), hung chan<- struct{})
 	client := &http.Client{Transport: &http.Transport{
 		DialContext:       func(ctx context.Context, _, _ string) (net.Conn, error) { return s.dial(ctx) },
 		DisableKeepAlives: true,
+		// The engine may be hostile by now.
+		MaxResponseHeaderBytes: 16 << 10,
 	}}
 	last, patience, pause := time.Now(), s.patient, 50*time.Millisecond
 	for {

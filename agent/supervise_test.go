@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"testing/synctest"
@@ -143,7 +144,8 @@ func supervise(t *testing.T, limit time.Duration, lives func(start int) life, ch
 	synctest.Test(t, func(t *testing.T) {
 		state := port.NewState("test", time.Now(), 0, nil)
 		s := &supervisor{
-			start: e.start, kill: e.kill, socket: e.socket, health: "/health",
+			restarts: new(atomic.Int64),
+			start:    e.start, kill: e.kill, socket: e.socket, health: "/health",
 			patient: time.Minute, output: io.Discard, state: state,
 		}
 		started, ended := make(chan error, 1), make(chan error, 1)
@@ -152,7 +154,7 @@ func supervise(t *testing.T, limit time.Duration, lives func(start int) life, ch
 		go func() { ended <- s.run(ctx, started) }()
 		first := <-started
 		if first == nil {
-			state.SetReady(true) // as the last phase does
+			state.SetServing() // as the last phase does
 		}
 		var last error
 		select {
@@ -274,7 +276,7 @@ func TestEngineThatHangs(t *testing.T) {
 	e := newFakeEngine(t, func(int) life { return life{answers: 200, lifetime: forever} })
 	synctest.Test(t, func(t *testing.T) {
 		state := port.NewState("test", time.Now(), 0, nil)
-		s := &supervisor{start: e.start, kill: e.kill, socket: e.socket, health: "/", patient: time.Minute, output: io.Discard, state: state}
+		s := &supervisor{restarts: new(atomic.Int64), start: e.start, kill: e.kill, socket: e.socket, health: "/", patient: time.Minute, output: io.Discard, state: state}
 		started := make(chan error, 1)
 		ended := make(chan error, 1)
 		ctx, cancel := context.WithCancel(t.Context())
@@ -283,7 +285,7 @@ func TestEngineThatHangs(t *testing.T) {
 		if err := <-started; err != nil {
 			t.Fatal(err)
 		}
-		state.SetReady(true)
+		state.SetServing()
 		time.Sleep(time.Minute)
 		e.stall()
 		hungAt := time.Now()

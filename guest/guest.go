@@ -174,9 +174,15 @@ type ControlRequest struct {
 	Op ControlOp `json:"op"`
 }
 
+// The errors of a ControlReply.
+const (
+	ErrorBadMessage = "bad-message" // not one strict ControlRequest and a newline
+	ErrorUnknownOp  = "unknown-op"  // an operation that this version does not have
+)
+
 // ControlReply is one JSON object followed by a newline.
 type ControlReply struct {
 	OK     bool   `json:"ok"`
-	Error  string `json:"error,omitempty"` // "bad-message", "unknown-op"
+	Error  string `json:"error,omitempty"` // ErrorBadMessage, ErrorUnknownOp
 	Active int64  `json:"active"`          // requests still being served
 }

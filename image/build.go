@@ -156,8 +156,7 @@ func (b *Builder) mkosi(ctx context.Context, treeName, stage, artefact string, a
 			"build"),
 		Dir:     inside,
 		Bind:    []toolsroot.Bind{{Host: stage, Inside: inside, Writable: true}},
-		Devices: true,
-		Offline: true,
+		Offline: true, Privileged: true,
 	})
 	if err := os.MkdirAll(filepath.Join(stage, "out"), 0o755); err != nil {
 		return "", err

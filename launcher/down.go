@@ -61,7 +61,7 @@ func (r run) stop(ctx context.Context, req stopRequest) error {
 	}
 	limit, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
-	asked := r.askToStop(limit, req)
+	asked := r.askYoungToStop(limit, req)
 	for asked == nil {
 		if alive, err := r.settle(); err != nil || !alive {
 			r.awaitExit()
@@ -91,6 +91,30 @@ func (r run) stop(ctx context.Context, req stopRequest) error {
 		time.Sleep(20 * time.Millisecond)
 	}
 	return fmt.Errorf("the VM %q does not stop; its supervisor is process %d", r.name, pid)
+}
+
+// youngPatience is how long a run may have no control socket: `up` makes the run
+// and then its supervisor, which then makes the socket.
+const youngPatience = 5 * time.Second
+
+// askYoungToStop is askToStop for a run whose supervisor may not listen yet, or
+// no longer.
+func (r run) askYoungToStop(ctx context.Context, req stopRequest) error {
+	deadline := time.Now().Add(youngPatience)
+	for {
+		err := r.askToStop(ctx, req)
+		if !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.ECONNREFUSED) || time.Now().After(deadline) {
+			return err
+		}
+		if alive, settleErr := r.settle(); settleErr != nil || !alive {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return err
+		case <-time.After(20 * time.Millisecond):
+		}
+	}
 }
 
 // awaitExit gives a supervisor that has freed its lock, which is the last thing

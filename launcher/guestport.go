@@ -140,7 +140,7 @@ type errStatus int
 
 func (e errStatus) Error() string { return fmt.Sprintf("the VM's status port answered %d", int(e)) }
 
-// open sends a GET request and returns the body of a 200 answer.
+// openGuest sends a GET request and returns the body of a 200 answer.
 func openGuest(ctx context.Context, client *http.Client, path string) (io.ReadCloser, error) {
 	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://vm"+path, nil)
 	if err != nil {
@@ -220,7 +220,7 @@ func control(ctx context.Context, dialer Dialer, op guest.ControlOp) (guest.Cont
 	}
 	if !reply.OK {
 		switch reply.Error {
-		case "bad-message", "unknown-op":
+		case guest.ErrorBadMessage, guest.ErrorUnknownOp:
 			return fail(fmt.Errorf("it refused (%s)", reply.Error))
 		}
 		return fail(errors.New("it refused"))

@@ -9,6 +9,8 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"slices"
+	"strings"
 	"sync"
 	"time"
 )
@@ -159,7 +161,7 @@ func newQMP(ctx context.Context, conn net.Conn) (*qmpClient, error) {
 	}
 	conn.SetReadDeadline(time.Time{})
 	go q.loop()
-	if _, err := q.execute(ctx, "qmp_capabilities"); err != nil {
+	if _, err := q.execute(ctx, "qmp_capabilities", nil); err != nil {
 		return nil, err
 	}
 	return q, nil
@@ -232,7 +234,7 @@ func (q *qmpClient) askWhyStopped() {
 
 // status returns QEMU's run state (qapi/run-state.json, RunState).
 func (q *qmpClient) status(ctx context.Context) (string, error) {
-	raw, err := q.execute(ctx, "query-status")
+	raw, err := q.execute(ctx, "query-status", nil)
 	if err != nil {
 		return "", err
 	}
@@ -252,16 +254,35 @@ func (q *qmpClient) Ending() Ending {
 	return q.ending
 }
 
-// execute runs a command without arguments and returns its result.
-func (q *qmpClient) execute(ctx context.Context, command string) (json.RawMessage, error) {
+// driverRuns reports whether the VM's driver has taken over a virtio device,
+// given by its id (VIRTIO 1.3, section 2.1, DRIVER_OK).
+func (q *qmpClient) driverRuns(ctx context.Context, id string) (bool, error) {
+	raw, err := q.execute(ctx, "x-query-virtio-status", map[string]string{"path": "/machine/peripheral/" + id + "/virtio-backend"})
+	if err != nil {
+		return false, err
+	}
+	var out struct {
+		Status struct {
+			Statuses []string `json:"statuses"`
+		} `json:"status"`
+	}
+	if err := json.Unmarshal(raw, &out); err != nil {
+		return false, fmt.Errorf("QEMU's status of %s: %w", id, err)
+	}
+	return slices.ContainsFunc(out.Status.Statuses, func(s string) bool { return strings.Contains(s, "DRIVER_OK") }), nil
+}
+
+// execute runs a command, with arguments or nil, and returns its result.
+func (q *qmpClient) execute(ctx context.Context, command string, arguments any) (json.RawMessage, error) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	q.next++
 	id := q.next
 	request, err := json.Marshal(struct {
-		Execute string `json:"execute"`
-		ID      int64  `json:"id"`
-	}{command, id})
+		Execute   string `json:"execute"`
+		Arguments any    `json:"arguments,omitempty"`
+		ID        int64  `json:"id"`
+	}{command, arguments, id})
 	if err != nil {
 		return nil, err
 	}

@@ -75,7 +75,7 @@ func TestQMPEndings(t *testing.T) {
 			if e := q.Ending(); e != EndingNone {
 				t.Errorf("before anything happened: %q", e)
 			}
-			if _, err := q.execute(ctx, "cont"); err != nil {
+			if _, err := q.execute(ctx, "cont", nil); err != nil {
 				t.Fatal(err)
 			}
 			select {
@@ -101,10 +101,10 @@ func TestQMPErrors(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, err := q.execute(t.Context(), "quit"); err == nil || !strings.Contains(err.Error(), "not now") {
+		if _, err := q.execute(t.Context(), "quit", nil); err == nil || !strings.Contains(err.Error(), "not now") {
 			t.Errorf("%v", err)
 		}
-		if _, err := q.execute(t.Context(), "cont"); err != nil {
+		if _, err := q.execute(t.Context(), "cont", nil); err != nil {
 			t.Errorf("after a refusal: %v", err)
 		}
 	})
@@ -118,7 +118,7 @@ func TestQMPErrors(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, err := q.execute(t.Context(), "cont"); err == nil {
+		if _, err := q.execute(t.Context(), "cont", nil); err == nil {
 			t.Error("no error")
 		}
 		<-q.gone

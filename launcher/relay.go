@@ -8,13 +8,11 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
-
-	"chrysalis/guest"
 )
 
 // Relay carries TCP connections to one vsock port of the VM. It sees ciphertext
 // and neither looks at it nor logs it. A connection that does not read holds
-// back its peer: at most guest.MaxChunk bytes of each direction are in the relay.
+// back its peer: at most relayBuffer bytes of each direction are in the relay.
 type Relay struct {
 	dial  func(ctx context.Context) (Conn, error)
 	slots chan struct{} // one for each connection; more wait in the listen queue
@@ -183,10 +181,14 @@ func (r *Relay) carry(client net.Conn, vm Conn) {
 	both.Wait()
 }
 
-// pump copies until the end of src, with one buffer of guest.MaxChunk bytes: no
-// write is larger, and nothing is read before the last piece is written.
+// relayBuffer is how much is read before it is written, in bytes: about one TLS
+// record. The VM's Conn splits it as its transport needs.
+const relayBuffer = 16 << 10
+
+// pump copies until the end of src. Nothing is read before all that was read
+// earlier is written.
 func pump(dst io.Writer, src io.Reader, count *atomic.Int64) error {
-	buf := make([]byte, guest.MaxChunk)
+	buf := make([]byte, relayBuffer)
 	for {
 		n, err := src.Read(buf)
 		if n > 0 {

@@ -20,9 +20,9 @@ import (
 	"chrysalis/guest"
 )
 
-// wire watches the relay's side of a connection to the VM.
+// wire watches what goes to the VM, below the relay's Conn.
 type wire struct {
-	Conn
+	net.Conn
 	largest *atomic.Int64 // the largest single Write
 	_       func()        // not hashable, as a connection may be
 }
@@ -38,11 +38,6 @@ func (w wire) Write(p []byte) (int, error) {
 
 // tcpVM is a Conn whose transport can close one direction, like AF_VSOCK.
 type tcpVM struct{ *net.TCPConn }
-
-// wholeVM is a Conn whose transport cannot, like vhost-device-vsock.
-type wholeVM struct{ *net.TCPConn }
-
-func (wholeVM) CloseWrite() error { return errors.ErrUnsupported }
 
 // relayTo runs a relay whose VM is serve, and returns the address to dial.
 func relayTo(t *testing.T, limit int, whole bool, serve func(*net.TCPConn)) (address string, relay *Relay, largest *atomic.Int64) {
@@ -72,10 +67,11 @@ func relayTo(t *testing.T, limit int, whole bool, serve func(*net.TCPConn)) (add
 		if err != nil {
 			return nil, err
 		}
-		if whole {
-			return wire{Conn: wholeVM{c.(*net.TCPConn)}, largest: largest}, nil
+		closeWrite := c.(*net.TCPConn).CloseWrite
+		if whole { // a transport that cannot close one direction, like vhost-device-vsock
+			closeWrite = func() error { return errors.ErrUnsupported }
 		}
-		return wire{Conn: tcpVM{c.(*net.TCPConn)}, largest: largest}, nil
+		return &chunkedConn{Conn: wire{Conn: c, largest: largest}, closeWrite: closeWrite}, nil
 	})
 	relay.quiet = 200 * time.Millisecond
 	ctx, cancel := context.WithCancel(context.Background())

@@ -124,16 +124,12 @@ func (s store) run(name, id string) run {
 
 func (r run) path(elem ...string) string { return filepath.Join(append([]string{r.dir}, elem...)...) }
 
-// lockFile takes the exclusive lock of the file at path, which it makes. With
-// wait false it returns errLocked when somebody holds it.
-func lockFile(path string, wait bool) (*os.File, error) {
+// lockFile takes a lock of the file at path, which it makes; how is as in
+// flock(2). With LOCK_NB it returns errLocked when somebody else's is in the way.
+func lockFile(path string, how int) (*os.File, error) {
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
 		return nil, err
-	}
-	how := unix.LOCK_EX
-	if !wait {
-		how |= unix.LOCK_NB
 	}
 	for {
 		err = unix.Flock(int(f.Fd()), how)
@@ -167,7 +163,7 @@ func (s store) newRun(name string, now time.Time) (run, *os.File, error) {
 			return run{}, nil, fmt.Errorf("make the VM's state folder: %w", err)
 		}
 	}
-	lock, err := lockFile(filepath.Join(making, "lock"), true)
+	lock, err := lockFile(filepath.Join(making, "lock"), unix.LOCK_EX)
 	if err != nil {
 		return run{}, nil, fmt.Errorf("make the VM's state folder: %w", err)
 	}
@@ -217,7 +213,9 @@ func (s store) runs(name string) ([]run, error) {
 // settle reports whether the run is alive. One that is over is tidied: its
 // sockets and TPM state go, and its state says that it has ended.
 func (r run) settle() (alive bool, err error) {
-	lock, err := lockFile(r.path("lock"), false)
+	// Shared, so that two who look at a run that is over do not take each other
+	// for its supervisor.
+	lock, err := lockFile(r.path("lock"), unix.LOCK_SH|unix.LOCK_NB)
 	if err == errLocked {
 		return true, nil
 	}
@@ -240,7 +238,8 @@ func (r run) settle() (alive bool, err error) {
 		if state.EndedAt.IsZero() {
 			state.EndedAt = time.Now()
 		}
-		if err := r.writeState(state); err != nil {
+		// Somebody else who looks at it may have removed it.
+		if err := r.writeState(state); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return false, err
 		}
 	}

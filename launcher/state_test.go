@@ -7,6 +7,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -85,6 +86,55 @@ func TestSettle(t *testing.T) {
 				t.Errorf("its console is gone: %v", err)
 			}
 		})
+	}
+}
+
+// Those who look at a run that is over at the same time all see that it is.
+func TestSettleTogether(t *testing.T) {
+	s := store{t.TempDir()}
+	r, lock := testRun(t, s, "vm", LifeReady)
+	lock.Close()
+	var all sync.WaitGroup
+	for range 8 {
+		all.Go(func() {
+			for range 50 {
+				if alive, err := r.settle(); alive || err != nil {
+					t.Errorf("alive %v, %v", alive, err)
+					return
+				}
+			}
+		})
+	}
+	all.Wait()
+}
+
+// A run that is just being made has no supervisor that answers; down waits for it.
+func TestDownWhileStarting(t *testing.T) {
+	dir := t.TempDir()
+	r, lock := testRun(t, store{dir}, "vm", "")
+	go func() {
+		time.Sleep(200 * time.Millisecond)
+		s := testSupervisor(t, r)
+		s.save()
+		time.Sleep(100 * time.Millisecond)
+		api, err := s.serveAPI()
+		if err != nil {
+			t.Error(err)
+			lock.Close()
+			return
+		}
+		if req := <-s.stop; req.Now || req.Timeout != time.Second {
+			t.Errorf("it was asked to %+v", req)
+		}
+		api.Close()
+		lock.Close()
+	}()
+	start := time.Now()
+	if err := Down(t.Context(), "vm", DownOptions{StateDir: dir, Timeout: time.Second}); err != nil {
+		t.Error(err)
+	}
+	if took := time.Since(start); took < 300*time.Millisecond {
+		t.Errorf("it came back after %v", took)
 	}
 }
 
@@ -187,6 +237,25 @@ func TestLogOfRun(t *testing.T) {
 	}
 	if got := consoleTail(r.path("io", "console.log")); strings.Join(got, "|") != "ab|c" {
 		t.Errorf("%q", got)
+	}
+}
+
+// An interrupt while the replaced VM drains leaves both, and says so in a line.
+func TestAwaitEndInterrupted(t *testing.T) {
+	old, _ := testRun(t, store{t.TempDir()}, "vm", LifeDraining)
+	ctx, cancel := context.WithCancel(t.Context())
+	told := 0
+	err := awaitEnd(ctx, old, time.Minute, func(e Event) {
+		if e.Kind == EventDraining {
+			told++
+		}
+		cancel()
+	})
+	if err == nil || !strings.Contains(err.Error(), "both run on") || strings.Contains(err.Error(), "\n") || told != 1 {
+		t.Errorf("%v; told %d times", err, told)
+	}
+	if alive, err := old.settle(); !alive || err != nil {
+		t.Errorf("the old run: alive %v, %v", alive, err)
 	}
 }
 

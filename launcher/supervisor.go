@@ -98,7 +98,9 @@ type supervisor struct {
 	upMu sync.Mutex
 	up   io.Writer // nil once `up` is gone
 
-	stop chan stopRequest // has the first request to stop
+	stop  chan stopRequest   // has the first request to stop
+	now   context.Context    // ends when the VM is to end without waiting for anything
+	hurry context.CancelFunc // ends now
 }
 
 // stopRequest asks a supervisor to end its VM.
@@ -106,6 +108,17 @@ type stopRequest struct {
 	Now     bool          `json:"now"` // without draining
 	Timeout time.Duration `json:"timeout_ns"`
 	why     string
+}
+
+func newSupervisor(log *log.Logger) *supervisor {
+	s := &supervisor{
+		log:     log,
+		spawn:   newSpawner(),
+		changed: make(chan struct{}, 1),
+		stop:    make(chan stopRequest, 1),
+	}
+	s.now, s.hurry = context.WithCancel(context.Background())
+	return s
 }
 
 // Supervise runs one VM until it ends. It is the body of the hidden command
@@ -127,13 +140,8 @@ func Supervise(runDir string) error {
 	if err != nil {
 		return fmt.Errorf("talk to 'chrysalis up': %w", err)
 	}
-	s := &supervisor{
-		log:     log.New(os.Stderr, "", log.LstdFlags|log.Lmicroseconds),
-		spawn:   newSpawner(),
-		changed: make(chan struct{}, 1),
-		stop:    make(chan stopRequest, 1),
-		up:      conn,
-	}
+	s := newSupervisor(log.New(os.Stderr, "", log.LstdFlags|log.Lmicroseconds))
+	s.up = conn
 	if err := readJSON(filepath.Join(runDir, "config.json"), &s.cfg); err != nil {
 		return fmt.Errorf("read the run's configuration: %w", err)
 	}
@@ -154,10 +162,7 @@ func Supervise(runDir string) error {
 	go s.watchUp(conn)
 	signals := make(chan os.Signal, 1)
 	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT)
-	go func() {
-		<-signals
-		s.requestStop(stopRequest{Timeout: 10 * time.Second, why: "the VM's supervisor was told to end"})
-	}()
+	go s.obey(signals)
 
 	ended, failed := s.supervise()
 	s.update(func(st *State) {
@@ -207,7 +212,6 @@ func (s *supervisor) supervise() (ended string, failed bool) {
 		if !again {
 			break
 		}
-		s.store.remember(s.cfg.ImageSHA256, verdictFails)
 		s.log.Printf("with KVM: %s", ended)
 	}
 	return ended, failed
@@ -225,8 +229,39 @@ type vm struct {
 	unwatch  context.CancelFunc
 }
 
+// driverSettle is how long after its start the VM's vsock driver is first spoken
+// to.
+const driverSettle = 200 * time.Millisecond
+
+// awaitDriver waits until the VM's vsock driver runs. A connect from before that
+// is answered in the very moment in which the device's rings are being enabled,
+// and vhost-device-vsock 0.3.0 loses the VM's first kick if it comes before the
+// ring that it is for: nothing that the VM sends arrives then, ever.
+func (s *supervisor) awaitDriver(ctx context.Context, v *vm) {
+	for ctx.Err() == nil {
+		runs, err := v.qmp.driverRuns(ctx, "vsock0")
+		if err != nil {
+			s.log.Printf("cannot tell whether the VM's vsock driver runs: %v", err)
+			return
+		}
+		pause := 50 * time.Millisecond
+		if runs {
+			pause = driverSettle
+		}
+		select {
+		case <-ctx.Done():
+		case <-time.After(pause):
+		}
+		if runs {
+			return
+		}
+	}
+}
+
 // runVM starts a VM and stays with it until nothing of it is left. again says
-// that another platform should be tried.
+// that another platform should be tried: QEMU did not get KVM to run the VM, or
+// did not get far enough to tell. That KVM fails is remembered only when the VM
+// ran and showed it: a full disk or a helper that died says nothing about KVM.
 func (s *supervisor) runVM(try attempt) (ended string, failed, again bool) {
 	v := &vm{}
 	defer s.discard(v)
@@ -234,14 +269,17 @@ func (s *supervisor) runVM(try attempt) (ended string, failed, again bool) {
 		if req, ok := s.stopRequested(); ok {
 			return req.why, false, false
 		}
-		return err.Error(), true, try.unproven
+		return err.Error(), true, try.unproven && v.qemu != nil
 	}
 	s.setDialer(v.dialer)
 
 	watch, unwatch := context.WithCancel(context.Background())
 	v.unwatch = unwatch
-	v.watching.Go(func() { watchGuest(watch, v.dialer, s.onStatus) })
-	v.watching.Go(func() { s.saveEngineLog(watch, v.dialer) })
+	v.watching.Go(func() {
+		s.awaitDriver(watch, v)
+		v.watching.Go(func() { s.saveEngineLog(watch, v.dialer) })
+		watchGuest(watch, v.dialer, s.onStatus)
+	})
 	v.watching.Go(func() { s.boundConsole(watch) })
 
 	proven := func() { // the agent has spoken: KVM ran the kernel
@@ -271,6 +309,7 @@ func (s *supervisor) runVM(try attempt) (ended string, failed, again bool) {
 		case <-patience:
 			if try.unproven {
 				s.end(v, stopRequest{Now: true})
+				s.store.remember(s.cfg.ImageSHA256, verdictFails)
 				return fmt.Sprintf("the agent did not speak within %v", unprovenPatience), true, true
 			}
 		case req := <-s.stop:
@@ -318,10 +357,14 @@ func (s *supervisor) obituary(v *vm, try attempt) (ended string, failed, again b
 	if st.Reason != guest.ReasonNone {
 		return fmt.Sprintf("%s: %s", st.Reason, st.Reason.Explain()), st.Reason != guest.ReasonStopped, false
 	}
-	spoken := st.Guest != nil
-	switch ending {
-	case EndingInternal, EndingGone, EndingReset:
-		again = try.unproven && !spoken
+	if try.unproven && st.Guest == nil {
+		switch ending {
+		case EndingInternal, EndingReset:
+			s.store.remember(s.cfg.ImageSHA256, verdictFails)
+			again = true
+		case EndingGone: // KVM may be the cause, or want of memory, or somebody's kill
+			again = true
+		}
 	}
 	if ending == EndingInternal && try.platform == PlatformKVM && !again {
 		return "KVM cannot run this VM on this machine (KVM internal error); use --accel tcg", true, false
@@ -396,7 +439,7 @@ func (s *supervisor) boot(v *vm, platform Platform) error {
 	command := toolsroot.Command{
 		Args:    Command(s.cfg.Shape, art),
 		Bind:    []toolsroot.Bind{shared, {Host: s.cfg.Image, Inside: insideImage}},
-		Devices: platform != PlatformTCG || transport == TransportKernel,
+		Devices: devices(art),
 		Offline: transport != TransportKernel,
 	}
 	for i, disk := range s.cfg.Disks {
@@ -404,6 +447,14 @@ func (s *supervisor) boot(v *vm, platform Platform) error {
 	}
 	if platform == PlatformTDX {
 		command.Bind = append(command.Bind, toolsroot.Bind{Host: s.cfg.Firmware, Inside: insideFirmware})
+	}
+	if len(art.GPUs) > 0 {
+		// A GPU's DMA pins the VM's memory, and QEMU has no capability to pin more
+		// than its limit. Where this user may not raise it, QEMU says so.
+		unlimited := unix.Rlimit{Cur: unix.RLIM_INFINITY, Max: unix.RLIM_INFINITY}
+		if err := unix.Setrlimit(unix.RLIMIT_MEMLOCK, &unlimited); err != nil {
+			s.log.Printf("raise the limit of pinned memory: %v", err)
+		}
 	}
 	if v.qemu, err = s.start("qemu", command); err != nil {
 		return err
@@ -425,10 +476,25 @@ func (s *supervisor) boot(v *vm, platform Platform) error {
 		conn.Close()
 		return fmt.Errorf("talk to QEMU: %w", err)
 	}
-	if _, err := v.qmp.execute(ctx, "cont"); err != nil {
+	if _, err := v.qmp.execute(ctx, "cont", nil); err != nil {
 		return fmt.Errorf("let the VM run: %w", err)
 	}
 	return nil
+}
+
+// devices lists what QEMU opens in /dev for a VM, and so all that it is shown.
+func devices(art Artefacts) []string {
+	var list []string
+	if art.Platform != PlatformTCG {
+		list = append(list, "/dev/kvm")
+	}
+	if art.Transport == TransportKernel {
+		list = append(list, "/dev/vhost-vsock")
+	}
+	if len(art.GPUs) > 0 {
+		list = append(list, "/dev/iommu", "/dev/vfio")
+	}
+	return list
 }
 
 // tpmFirmware is the firmware of VMs with a software TPM, in the tools root.
@@ -523,16 +589,17 @@ func freeCID(t Transport) (uint32, error) {
 	return 0, errors.New("no vsock address is free")
 }
 
-// end stops the VM as asked: drain, ask it to stop, make it.
+// end stops the VM as asked: drain, ask it to stop, make it. A later request to
+// do so at once cuts the first two short.
 func (s *supervisor) end(v *vm, req stopRequest) {
 	st := s.snapshot()
-	if !req.Now && st.Life == LifeReady || st.Life == LifeDraining {
+	if !req.Now && st.Life == LifeReady {
 		s.drain(v, req.Timeout)
 	}
 	s.update(func(st *State) { st.Life = LifeStopping })
 	s.save()
-	if !req.Now && st.Guest != nil {
-		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	if !req.Now && s.now.Err() == nil && st.Guest != nil {
+		ctx, cancel := context.WithTimeout(s.now, 10*time.Second)
 		_, err := control(ctx, v.dialer, guest.OpStop)
 		if err == nil {
 			select {
@@ -544,7 +611,7 @@ func (s *supervisor) end(v *vm, req stopRequest) {
 				case <-ctx.Done():
 				}
 			case <-ctx.Done():
-				s.log.Print("the VM did not stop in 10 s; ending it")
+				s.log.Printf("the VM did not stop (%v); ending it", ctx.Err())
 			}
 		} else {
 			s.log.Print(err)
@@ -558,7 +625,7 @@ func (s *supervisor) end(v *vm, req stopRequest) {
 		return
 	default:
 	}
-	if _, err := v.qmp.execute(ctx, "quit"); err == nil {
+	if _, err := v.qmp.execute(ctx, "quit", nil); err == nil {
 		select {
 		case <-v.qemu.done:
 		case <-ctx.Done():
@@ -566,13 +633,13 @@ func (s *supervisor) end(v *vm, req stopRequest) {
 	}
 }
 
-// drain lets running requests finish, for at most limit.
+// drain lets running requests finish, for at most limit and until s.now ends.
 func (s *supervisor) drain(v *vm, limit time.Duration) {
 	s.update(func(st *State) { st.Life = LifeDraining })
 	s.save()
 	s.stopAccepting(nil)
 	relay := s.theRelay()
-	ctx, cancel := context.WithTimeout(context.Background(), limit)
+	ctx, cancel := context.WithTimeout(s.now, limit)
 	defer cancel()
 	reply, err := control(ctx, v.dialer, guest.OpDrain)
 	if err != nil {
@@ -582,7 +649,7 @@ func (s *supervisor) drain(v *vm, limit time.Duration) {
 	for active > 0 || err != nil {
 		select {
 		case <-ctx.Done():
-			s.log.Printf("%d requests were not finished in time", active)
+			s.log.Printf("%d requests were not finished (%v)", active, ctx.Err())
 			relay.Close()
 			return
 		case <-v.qemu.done:
@@ -835,10 +902,25 @@ func (s *supervisor) watchUp(conn net.Conn) {
 	}
 }
 
+// requestStop asks for the end. Of several requests the first counts; one that
+// is not to wait takes the patience out of it.
 func (s *supervisor) requestStop(req stopRequest) {
 	select {
 	case s.stop <- req:
 	default: // it is being stopped already
+	}
+	if req.Now {
+		s.hurry()
+	}
+}
+
+// obey stops the VM when the supervisor is told to end, and at once when it is
+// told again.
+func (s *supervisor) obey(signals <-chan os.Signal) {
+	again := false
+	for range signals {
+		s.requestStop(stopRequest{Now: again, Timeout: 10 * time.Second, why: "the VM's supervisor was told to end"})
+		again = true
 	}
 }
 
@@ -856,7 +938,8 @@ func (s *supervisor) stopRequested() (stopRequest, bool) {
 const maxEngineLog = 4 << 20
 
 // saveEngineLog keeps the engine's output for `chrysalis logs`, for as long as
-// the VM gives it away.
+// the VM gives it away. When the stream breaks it connects again; the agent then
+// sends what it has from the start.
 func (s *supervisor) saveEngineLog(ctx context.Context, dialer Dialer) {
 	client := guestHTTP(dialer)
 	for ctx.Err() == nil {
@@ -866,19 +949,32 @@ func (s *supervisor) saveEngineLog(ctx context.Context, dialer Dialer) {
 			return // closed for good
 		}
 		if err == nil {
-			f, err := os.OpenFile(s.run.path("engine.log"), os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
-			if err == nil {
-				io.Copy(f, io.LimitReader(body, maxEngineLog))
-				f.Close()
-			}
+			n, err := writeEngineLog(s.run.path("engine.log"), body)
 			body.Close()
-			return
+			if n == maxEngineLog {
+				return
+			}
+			if local := (*fs.PathError)(nil); errors.As(err, &local) {
+				s.log.Printf("keep the engine's log: %v", err)
+				return
+			}
 		}
 		select {
 		case <-ctx.Done():
 		case <-time.After(250 * time.Millisecond):
 		}
 	}
+}
+
+// writeEngineLog writes a new log, of at most maxEngineLog bytes. An error is an
+// *fs.PathError when it is the file's and not the VM's.
+func writeEngineLog(path string, body io.Reader) (int64, error) {
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err != nil {
+		return 0, err
+	}
+	defer f.Close()
+	return io.Copy(f, io.LimitReader(body, maxEngineLog))
 }
 
 // maxConsole is how long the console's log may grow before it is cut, in bytes.

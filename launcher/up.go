@@ -12,7 +12,6 @@ package launcher
 import (
 	"bufio"
 	"context"
-	"crypto/sha512"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -28,6 +27,7 @@ import (
 
 	"chrysalis/guest"
 	"chrysalis/image/toolsroot"
+	"chrysalis/manifest"
 )
 
 // Options say what Up starts.
@@ -113,7 +113,7 @@ func Up(ctx context.Context, o Options, progress func(Event)) (*Instance, error)
 	if info, err := os.Stat(st.dir); err == nil && info.Mode().Perm()&0o077 != 0 {
 		return nil, fmt.Errorf("the state folder %s is open to others; run 'chmod 700 %s'", st.dir, st.dir)
 	}
-	nameLock, err := lockFile(st.vm(o.Name)+"/lock", false)
+	nameLock, err := lockFile(st.vm(o.Name)+"/lock", unix.LOCK_EX|unix.LOCK_NB)
 	if err == errLocked {
 		return nil, fmt.Errorf("another 'chrysalis up %s' is at work; wait for it, or stop it with 'chrysalis down %s'", o.Name, o.Name)
 	}
@@ -255,7 +255,7 @@ func (o Options) plan() (config, []byte, error) {
 	if err != nil {
 		return fail(err)
 	}
-	cfg.ManifestSHA384 = sha512.Sum384(encoded)
+	cfg.ManifestSHA384 = manifest.SHA384(encoded)
 	return cfg, encoded, nil
 }
 
@@ -453,7 +453,7 @@ func awaitEnd(ctx context.Context, old run, limit time.Duration, progress func(E
 		}
 		select {
 		case <-ctx.Done():
-			return errors.New("the new VM is ready; the old one is still finishing its requests and will end by itself")
+			return errors.New("interrupted while the old VM finishes its requests: both run on; the new one serves clients, the old one ends by itself")
 		case <-deadline:
 			return errors.New("the new VM is ready, but the old one does not end; see 'chrysalis status'")
 		case <-time.After(50 * time.Millisecond):

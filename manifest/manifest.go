@@ -199,7 +199,8 @@ func Parse(data []byte) (*Manifest, error) {
 		for at < len(canonical) && at < len(data) && canonical[at] == data[at] {
 			at++
 		}
-		return nil, fmt.Errorf("manifest: not canonical JSON (RFC 8785): differs at byte %d", at)
+		around := func(b []byte) []byte { return b[max(at-12, 0):min(at+12, len(b))] }
+		return nil, fmt.Errorf("manifest: not canonical JSON (RFC 8785): at byte %d it has %#q, expected %#q", at, around(data), around(canonical))
 	}
 	return &m, nil
 }

@@ -214,23 +214,23 @@ func (d *Device) Close() error {
 // loses it.
 const watchTick = 5 * time.Second
 
-// Watch waits until the kernel has met a corrupt block on one of the devices,
-// then calls found with that device, once, and returns nil. It returns
-// ctx.Err() when ctx ends first, and another error if it can no longer tell.
+// Watch waits until the kernel has met a corrupt block on one of the devices, and
+// returns that device. It returns ctx.Err() when ctx ends first, and another error
+// if it can no longer tell.
 //
 // The kernel's uevents only wake it up; the tables' status decides. So nothing
 // in a uevent is trusted, and a lost one costs at most a few seconds.
-func Watch(ctx context.Context, devices []*Device, found func(*Device)) error {
+func Watch(ctx context.Context, devices []*Device) (*Device, error) {
 	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.NETLINK_KOBJECT_UEVENT)
 	if err != nil {
-		return fmt.Errorf("watch disks: uevent socket: %w", err)
+		return nil, fmt.Errorf("watch disks: uevent socket: %w", err)
 	}
 	// os.File puts the socket on the runtime's poller, for deadlines.
 	events := os.NewFile(uintptr(fd), "uevent")
 	defer events.Close()
 	const kernelGroup = 1
 	if err := unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK, Groups: kernelGroup}); err != nil {
-		return fmt.Errorf("watch disks: bind uevent socket: %w", err)
+		return nil, fmt.Errorf("watch disks: bind uevent socket: %w", err)
 	}
 	defer context.AfterFunc(ctx, func() { events.Close() })()
 
@@ -239,27 +239,26 @@ func Watch(ctx context.Context, devices []*Device, found func(*Device)) error {
 		for _, d := range devices {
 			bad, err := d.Corrupted()
 			if err != nil {
-				return fmt.Errorf("watch disks: %w", err)
+				return nil, fmt.Errorf("watch disks: %w", err)
 			}
 			if bad {
-				found(d)
-				return nil
+				return d, nil
 			}
 		}
 		deadline := time.Now().Add(watchTick)
 		for {
 			if err := events.SetReadDeadline(deadline); err != nil && ctx.Err() == nil {
-				return fmt.Errorf("watch disks: %w", err)
+				return nil, fmt.Errorf("watch disks: %w", err)
 			}
 			n, err := events.Read(buf)
 			if ctx.Err() != nil {
-				return ctx.Err()
+				return nil, ctx.Err()
 			}
 			if errors.Is(err, os.ErrDeadlineExceeded) || errors.Is(err, unix.ENOBUFS) {
 				break
 			}
 			if err != nil {
-				return fmt.Errorf("watch disks: read uevent: %w", err)
+				return nil, fmt.Errorf("watch disks: read uevent: %w", err)
 			}
 			// DM_VERITY_ENV_VAR_NAME, drivers/md/dm-verity-target.c
 			if bytes.Contains(buf[:n], []byte("\x00DM_VERITY_ERR_BLOCK_NR=")) {

@@ -205,14 +205,16 @@ func TestActivate(t *testing.T) {
 		corrupted(t, dev, false)
 
 		ctx, cancel := context.WithTimeout(context.Background(), 300*time.Millisecond)
-		if err := verity.Watch(ctx, []*verity.Device{dev}, func(*verity.Device) { t.Error("found too early") }); !errors.Is(err, context.DeadlineExceeded) {
+		if _, err := verity.Watch(ctx, []*verity.Device{dev}); !errors.Is(err, context.DeadlineExceeded) {
 			t.Errorf("watch of a good device: %v", err)
 		}
 		cancel()
 
-		found, done := make(chan *verity.Device, 2), make(chan error, 1)
+		found, done := make(chan *verity.Device, 1), make(chan error, 1)
 		go func() {
-			done <- verity.Watch(context.Background(), []*verity.Device{dev}, func(d *verity.Device) { found <- d })
+			d, err := verity.Watch(context.Background(), []*verity.Device{dev})
+			done <- err
+			found <- d
 		}()
 		time.Sleep(200 * time.Millisecond)
 		start := time.Now()
@@ -233,8 +235,8 @@ func TestActivate(t *testing.T) {
 		}
 		corrupted(t, dev, true)
 		// Already corrupt when the watch begins.
-		if err := verity.Watch(context.Background(), []*verity.Device{dev}, func(d *verity.Device) { found <- d }); err != nil || len(found) != 1 {
-			t.Errorf("second watch: %v, told %d times", err, len(found))
+		if got, err := verity.Watch(context.Background(), []*verity.Device{dev}); err != nil || got != dev {
+			t.Errorf("second watch: %v, %v", got, err)
 		}
 	})
 

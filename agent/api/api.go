@@ -41,7 +41,9 @@ import (
 const (
 	maxHeader        = 16 << 10         // bytes
 	handshakeLimit   = 10 * time.Second // for a handshake, and for each request's header
-	keepAliveLimit   = 60 * time.Second // between requests
+	keepAliveLimit   = 60 * time.Second // between requests, where nobody needs the connection: see waiting
+	bodyIdle         = 15 * time.Second // for a body without a byte of it, unless the manifest allows less
+	bodyTotal        = 2 * time.Minute  // for a whole body, unless the manifest allows less
 	spareConnections = 128              // past those that can be in the engine: idle ones and ones to refuse
 	lingerLimit      = 2 * time.Second  // for reading on after a refusal, so that it is not lost in a reset
 	defaultMemory    = 64 << 20         // bytes
@@ -62,27 +64,31 @@ type Config struct {
 	FirstClient func()
 	// Counters are counted into. May be nil.
 	Counters *Counters
-	// BodyMemory bounds what all bodies that are being received, held or forwarded
-	// may take together, in bytes. 0 is 64 MiB; less than one body is one body.
+	// BodyMemory bounds what all bodies that are being received or forwarded and all
+	// answers that are being held may take together, in bytes, but for the first
+	// 16 KiB of each. 0 is 64 MiB; less than one body is one body.
 	BodyMemory int64
 }
 
 // Server is the inference port's server.
 type Server struct {
-	engine   *http.Transport
-	ready    func() bool
-	first    func()
-	counters *Counters
-	limits   manifest.Limits
-	idle     time.Duration
-	total    time.Duration
-	places   chan struct{}     // one for each request in the engine
-	names    map[string]string // what a client may call a model, and what the engine is told
-	models   []byte            // the answer to /v1/models
-	memory   atomic.Int64      // bytes left for bodies
-	draining atomic.Bool
-	http     *http.Server
-	tls      *tls.Config
+	engine    *http.Transport
+	ready     func() bool
+	first     func()
+	counters  *Counters
+	limits    manifest.Limits
+	idle      time.Duration
+	total     time.Duration
+	bodyIdle  time.Duration
+	bodyTotal time.Duration
+	places    chan struct{}     // one for each request in the engine
+	names     map[string]string // what a client may call a model, and what the engine is told
+	models    []byte            // the answer to /v1/models
+	memory    atomic.Int64      // bytes left for bodies and held answers
+	waiting   waiting
+	draining  atomic.Bool
+	http      *http.Server
+	tls       *tls.Config
 }
 
 // New returns a server. The configuration comes from a manifest that has been
@@ -95,6 +101,7 @@ func New(c Config) *Server {
 		limits:   c.Limits,
 		idle:     time.Duration(c.Limits.IdleSeconds) * time.Second,
 		total:    time.Duration(c.Limits.TotalSeconds) * time.Second,
+		waiting:  waiting{since: map[net.Conn]wait{}},
 		places:   make(chan struct{}, c.Limits.Concurrency),
 		names:    map[string]string{},
 		models:   modelList(c.Models),
@@ -120,23 +127,26 @@ func New(c Config) *Server {
 	}
 	s.memory.Store(max(memory, c.Limits.BodyBytes+1))
 	s.engine = engineTransport(c.Engine)
-	protocols := new(http.Protocols)
-	protocols.SetHTTP1(true)
+	s.bodyIdle, s.bodyTotal = min(bodyIdle, s.idle), min(bodyTotal, s.total)
 	s.http = &http.Server{
 		Handler:           s,
 		ReadHeaderTimeout: handshakeLimit, // net/http takes it for the handshake as well
 		IdleTimeout:       keepAliveLimit,
 		MaxHeaderBytes:    maxHeader - 4096, // net/http adds 4096 of its own
-		Protocols:         protocols,
+		Protocols:         port.HTTP1(),
 		ErrorLog:          log.New(io.Discard, "", 0), // it would name peers and print panics
+		ConnState:         s.waiting.state,
+		ConnContext: func(ctx context.Context, conn net.Conn) context.Context {
+			return context.WithValue(ctx, connKey{}, conn)
+		},
 		// "OPTIONS *" is a path like any other that is not in the table.
 		DisableGeneralOptionsHandler: true,
 	}
 	return s
 }
 
-// Serve serves a raw vsock listener, with TLS on top, until Shutdown or Close. It
-// always returns an error; after those it is http.ErrServerClosed.
+// Serve serves a raw vsock listener, with TLS on top, until Shutdown. It always
+// returns an error; after Shutdown it is http.ErrServerClosed.
 func (s *Server) Serve(ln net.Listener) error {
 	var once sync.Once
 	bound := port.Bound(ln, cap(s.places)+spareConnections, func() {
@@ -144,7 +154,7 @@ func (s *Server) Serve(ln net.Listener) error {
 		if s.first != nil {
 			once.Do(s.first)
 		}
-	})
+	}, s.waiting.closeOne)
 	return s.http.Serve(tls.NewListener(bound, s.tls))
 }
 
@@ -164,10 +174,6 @@ func (s *Server) Shutdown(ctx context.Context) error {
 	s.Drain()
 	return s.http.Shutdown(ctx)
 }
-
-// Close ends the server and all its connections; what is in the engine is
-// cancelled.
-func (s *Server) Close() error { return s.http.Close() }
 
 // modelList is the answer to GET /v1/models, with two fields more than OpenAI's.
 func modelList(models []manifest.Model) []byte {
@@ -217,7 +223,6 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			if p == http.ErrAbortHandler {
 				panic(p) // net/http closes the connection and says nothing
 			}
-			s.counters.Panics.Add(1)
 			x.fail(errInternal)
 		}
 	}()
@@ -248,11 +253,28 @@ func (s *Server) handle(x *exchange) error {
 		return err
 	}
 	// There is no queue: who waits in one cannot tell this VM from a dead one, and
-	// would do better to ask another.
+	// would do better to ask another. It is told before it has sent its body.
+	if len(s.places) == cap(s.places) {
+		return errBusy
+	}
+	// Nobody holds a place while its body is on the way: a few clients that send a
+	// byte now and then would keep all others out.
+	body, readErr := x.readBody()
+	if readErr != nil {
+		return readErr
+	}
+	x.bodyRead = true
+	req, err := parse(rt, s.names, body)
+	if err != nil {
+		return err
+	}
 	select {
 	case s.places <- struct{}{}:
 	default:
 		return errBusy
+	}
+	if conn, ok := x.r.Context().Value(connKey{}).(net.Conn); ok {
+		s.waiting.done(conn)
 	}
 	s.counters.Active.Add(1)
 	defer func() {
@@ -262,15 +284,6 @@ func (s *Server) handle(x *exchange) error {
 	// Again, now that the place shows in Active: once Active is 0 after Drain,
 	// nobody comes in any more.
 	if err := s.available(); err != nil {
-		return err
-	}
-	body, readErr := x.readBody()
-	if readErr != nil {
-		return readErr
-	}
-	x.bodyRead = true
-	req, err := parse(rt, s.names, body)
-	if err != nil {
 		return err
 	}
 	s.counters.Requests.Add(1)
@@ -307,14 +320,37 @@ func (s *Server) available() *apiError {
 	return nil
 }
 
-// reserve takes bytes from the memory set aside for bodies, if there are as many.
-func (x *exchange) reserve(bytes int64) bool {
-	if x.s.memory.Add(-bytes) < 0 {
-		x.s.memory.Add(bytes)
-		return false
+// freeBuffer is how much of a body or of a held answer is not counted, in bytes.
+// It is bounded by the number of connections, as their own buffers are, and it lets
+// short requests through whatever others do with the memory set aside.
+const freeBuffer = 16 << 10
+
+// grow returns buf with more capacity, but at most most bytes of it, out of the
+// memory set aside. It reports whether there is more.
+func (x *exchange) grow(buf []byte, most int64) ([]byte, bool) {
+	have := int64(cap(buf))
+	size := min(most, max(freeBuffer, 2*have))
+	if size <= have || !x.reserve(max(0, size-freeBuffer)-max(0, have-freeBuffer)) {
+		return buf, false
 	}
-	x.reserved += bytes
-	return true
+	grown := make([]byte, len(buf), size)
+	copy(grown, buf)
+	return grown, true
+}
+
+// reserve takes bytes from the memory set aside, if there are as many, until the
+// exchange ends.
+func (x *exchange) reserve(bytes int64) bool {
+	for {
+		left := x.s.memory.Load()
+		if left < bytes {
+			return false
+		}
+		if x.s.memory.CompareAndSwap(left, left-bytes) {
+			x.reserved += bytes
+			return true
+		}
+	}
 }
 
 // answer writes a whole answer.
@@ -334,7 +370,7 @@ func (x *exchange) start(status int, contentType string) {
 // write writes to the client and lets it go out at once. A client that takes
 // nothing for as long as the idle limit has gone.
 func (x *exchange) write(p []byte) error {
-	x.rc.SetWriteDeadline(time.Now().Add(x.s.idle))
+	x.rc.SetWriteDeadline(x.deadline())
 	if _, err := x.w.Write(p); err != nil {
 		return errGone
 	}
@@ -343,6 +379,9 @@ func (x *exchange) write(p []byte) error {
 	}
 	return nil
 }
+
+// deadline is the end of a write that begins now.
+func (x *exchange) deadline() time.Time { return earlier(time.Now().Add(x.s.idle), x.end) }
 
 // fail ends an exchange with an error: as an HTTP status where the answer has not
 // begun, as an event where it is a stream, and by closing the connection.
@@ -353,6 +392,10 @@ func (x *exchange) fail(err error) {
 		panic(http.ErrAbortHandler)
 	}
 	x.s.counters.count(e)
+	// The time limit may be what it has to tell.
+	if soon := time.Now().Add(lingerLimit); x.end.Before(soon) {
+		x.end = soon
+	}
 	if x.started {
 		if x.streaming {
 			x.write(append(append([]byte("data: "), e.body()...), "\n\n"...))

@@ -24,6 +24,7 @@ import (
 	"testing"
 	"time"
 
+	"chrysalis/agent/port"
 	"chrysalis/guest"
 	"chrysalis/manifest"
 )
@@ -144,7 +145,7 @@ func start(t testing.TB, engine http.HandlerFunc, change func(*Config), tweak fu
 
 	t.Cleanup(func() {
 		transport.CloseIdleConnections()
-		b.Close()
+		b.http.Close()
 		if err := <-served; err != http.ErrServerClosed {
 			t.Errorf("Serve returned %v", err)
 		}
@@ -244,6 +245,12 @@ func sayEvents(w http.ResponseWriter, raw string) {
 	w.Header().Set("Content-Type", "text/event-stream")
 	io.WriteString(w, raw)
 	w.(http.Flusher).Flush()
+}
+
+// answer is an engine with nothing to say.
+func answer(w http.ResponseWriter, r *http.Request) {
+	io.Copy(io.Discard, r.Body)
+	sayJSON(w, 200, `{}`)
 }
 
 func TestModels(t *testing.T) {
@@ -565,7 +572,7 @@ func TestHugeBody(t *testing.T) {
 }
 
 func TestSlowBody(t *testing.T) {
-	b := start(t, nil, nil, func(s *Server) { s.idle = 100 * time.Millisecond })
+	b := start(t, nil, nil, func(s *Server) { s.bodyIdle = 100 * time.Millisecond })
 	for _, head := range []string{"Content-Length: 100\r\n\r\n{", "Transfer-Encoding: chunked\r\n\r\n1\r\n{"} {
 		conn := b.dial(t, postHead+head)
 		resp, body := readResponse(t, conn)
@@ -574,12 +581,112 @@ func TestSlowBody(t *testing.T) {
 	}
 }
 
+// bodies is how many connections are sending a body.
+func (b *bench) bodies() (n int) {
+	b.waiting.mu.Lock()
+	defer b.waiting.mu.Unlock()
+	for _, w := range b.waiting.since {
+		if w.active {
+			n++
+		}
+	}
+	return n
+}
+
+func TestSlowBodiesHoldNoPlace(t *testing.T) {
+	b := start(t, answer,
+		func(c *Config) { c.Limits.Concurrency = 1 },
+		func(s *Server) { s.bodyTotal = 500 * time.Millisecond })
+	var conns []*tls.Conn
+	for range 8 {
+		conns = append(conns, b.dial(t, postHead+"Content-Length: 100\r\n\r\n{"))
+	}
+	eventually(t, "all bodies are on the way", func() bool { return b.bodies() == len(conns) })
+	if b.Active() != 0 {
+		t.Errorf("%d places are held", b.Active())
+	}
+	if resp, body := b.post(t, "/v1/chat/completions", hello); resp.StatusCode != 200 {
+		t.Errorf("another client got %d %s", resp.StatusCode, body)
+	}
+	// A byte now and then keeps bodyIdle away, and not bodyTotal.
+	stop := make(chan struct{})
+	var wait sync.WaitGroup
+	defer wait.Wait()
+	defer close(stop)
+	wait.Go(func() {
+		for {
+			select {
+			case <-stop:
+				return
+			case <-time.After(50 * time.Millisecond):
+				io.WriteString(conns[0], " ")
+			}
+		}
+	})
+	resp, body := readResponse(t, conns[0])
+	wantError(t, resp, body, 408, "body_timeout")
+}
+
+func TestBodyLimitsAreCapped(t *testing.T) {
+	for _, test := range []struct {
+		name                        string
+		idleSeconds, totalSeconds   int
+		wantBodyIdle, wantBodyTotal time.Duration
+	}{
+		{"long ones of the manifest", 300, 900, bodyIdle, bodyTotal},
+		{"short ones of the manifest", 2, 3, 2 * time.Second, 3 * time.Second},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			s := New(Config{Limits: manifest.Limits{BodyBytes: 1, Concurrency: 1, IdleSeconds: test.idleSeconds, TotalSeconds: test.totalSeconds}})
+			if s.bodyIdle != test.wantBodyIdle || s.bodyTotal != test.wantBodyTotal {
+				t.Errorf("got %v and %v", s.bodyIdle, s.bodyTotal)
+			}
+		})
+	}
+}
+
+// What was so before the body came is asked again after it.
+func TestPlaceAfterBody(t *testing.T) {
+	for _, test := range []struct {
+		name   string
+		change func(*bench)
+		status int
+		code   string
+	}{
+		{"nothing changed", func(*bench) {}, 200, ""},
+		{"all places taken", func(b *bench) { b.places <- struct{}{} }, 429, "busy"},
+		{"draining", func(b *bench) { b.Drain() }, 503, "draining"},
+		{"engine down", func(b *bench) { b.ready.Store(false) }, 503, "engine_not_ready"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			b := start(t, answer,
+				func(c *Config) { c.Limits.Concurrency = 1 }, nil)
+			conn := b.dial(t, postHead+fmt.Sprintf("Content-Length: %d\r\n\r\n", len(hello)))
+			eventually(t, "the body is on the way", func() bool { return b.bodies() == 1 })
+			test.change(b)
+			defer func() {
+				if test.status == 429 {
+					<-b.places
+				}
+			}()
+			io.WriteString(conn, hello)
+			resp, body := readResponse(t, conn)
+			if resp.StatusCode != test.status {
+				t.Errorf("got %d %s, want %d", resp.StatusCode, body, test.status)
+			}
+			if test.code != "" {
+				wantError(t, resp, body, test.status, test.code)
+			}
+		})
+	}
+}
+
 func TestBodyCutOff(t *testing.T) {
 	b := start(t, nil, nil, nil)
 	conn := b.dial(t, postHead+"Content-Length: 100\r\n\r\n{")
-	eventually(t, "it has a place", func() bool { return b.Active() == 1 })
+	eventually(t, "the body is on the way", func() bool { return b.bodies() == 1 })
 	conn.Close()
-	eventually(t, "its place is free", func() bool { return b.Active() == 0 && b.counters.Cancelled.Load() == 1 })
+	eventually(t, "it is counted", func() bool { return b.bodies() == 0 && b.counters.Cancelled.Load() == 1 })
 
 	conn = b.dial(t, postHead+"Transfer-Encoding: chunked\r\n\r\nnonsense\r\n")
 	resp, body := readResponse(t, conn)
@@ -595,10 +702,63 @@ func TestBodyMemory(t *testing.T) {
 	eventually(t, "the memory is taken", func() bool { return b.memory.Load() < 100_000 })
 	resp, body := b.post(t, "/v1/chat/completions", strings.Repeat(" ", 100_000)+hello)
 	wantError(t, resp, body, 429, "busy")
+	if resp, body := b.post(t, "/v1/chat/completions", hello); resp.StatusCode != 200 {
+		t.Errorf("a short request got %d %s", resp.StatusCode, body)
+	}
 	conn.Close()
 	eventually(t, "the memory is free", func() bool { return b.memory.Load() == all })
 	if resp, body := b.post(t, "/v1/chat/completions", hello); resp.StatusCode != 200 {
 		t.Errorf("got %d %s", resp.StatusCode, body)
+	}
+}
+
+// An answer that is held comes out of the same memory; where there is none left it
+// is passed on as it comes.
+func TestHeldAnswerMemory(t *testing.T) {
+	answer := `{"data":"` + strings.Repeat("x", maxHeld/2) + `"}`
+	for _, test := range []struct {
+		name string
+		left int64 // of the memory
+		held bool
+	}{
+		{"enough", 1 << 20, true},
+		{"some", 32 << 10, false},
+		{"none", 0, false},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			half, die := make(chan struct{}), make(chan struct{})
+			b := start(t, func(w http.ResponseWriter, r *http.Request) {
+				io.Copy(io.Discard, r.Body)
+				sayJSON(w, 200, answer[:len(answer)-10])
+				w.(http.Flusher).Flush()
+				close(half)
+				<-die
+				panic(http.ErrAbortHandler)
+			}, nil, func(s *Server) { s.memory.Store(test.left) })
+			got := make(chan *http.Response, 1)
+			go func() {
+				resp, err := b.client.Do(b.request(t, "POST", "/v1/embeddings", `{"model":"chrysalis/demo","input":"x"}`))
+				if err != nil {
+					t.Error(err)
+				}
+				got <- resp
+			}()
+			<-half
+			if test.held {
+				// 16 KiB of it are free, and its buffer doubles.
+				eventually(t, "it is counted", func() bool { return test.left-b.memory.Load() == maxHeld-freeBuffer })
+			}
+			close(die)
+			resp := <-got
+			defer resp.Body.Close()
+			body, err := io.ReadAll(resp.Body)
+			if test.held {
+				wantError(t, resp, string(body), 502, "engine_failed")
+			} else if resp.StatusCode != 200 || err != io.ErrUnexpectedEOF || len(body) < freeBuffer {
+				t.Errorf("got %d, %d bytes, %v", resp.StatusCode, len(body), err)
+			}
+			eventually(t, "the memory is free", func() bool { return b.memory.Load() == test.left })
+		})
 	}
 }
 
@@ -654,7 +814,7 @@ func TestEngineFailures(t *testing.T) {
 			sayJSON(w, 400, `{"error":{"message":"too long \u003c`+strings.Repeat("é", 2000)+`","type":"x","secret":1}}`)
 		}, 400, "engine_refused", 0},
 		{"400 without JSON", hello, func(w http.ResponseWriter, r *http.Request) { w.WriteHeader(400); w.Write([]byte("secret")) }, 400, "engine_refused", 0},
-		{"501", hello, func(w http.ResponseWriter, r *http.Request) { sayJSON(w, 501, `{"error":{"message":"secret"}}`) }, 501, "not_supported", 0},
+		{"501", hello, func(w http.ResponseWriter, r *http.Request) { sayJSON(w, 501, `{"error":{"message":"secret"}}`) }, 501, "not_supported", 1},
 		{"503", hello, func(w http.ResponseWriter, r *http.Request) { sayJSON(w, 503, `{"error":{"message":"secret"}}`) }, 503, "engine_not_ready", 0},
 		{"hangs", hello, func(w http.ResponseWriter, r *http.Request) { io.Copy(io.Discard, r.Body); <-r.Context().Done() }, 504, "engine_timeout", 1},
 		{"hangs before the stream", helloStream, func(w http.ResponseWriter, r *http.Request) {
@@ -718,7 +878,7 @@ func TestStreamFailures(t *testing.T) {
 				sayEvents(w, ": still here\n\n")
 				time.Sleep(10 * time.Millisecond)
 			}
-		}, "time_limit", 0},
+		}, "time_limit", 1},
 	}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
@@ -758,6 +918,9 @@ func TestTotalLimit(t *testing.T) {
 		nil, func(s *Server) { s.total = 200 * time.Millisecond })
 	resp, body := b.post(t, "/v1/chat/completions", hello)
 	wantError(t, resp, body, 504, "time_limit")
+	if n := b.counters.EngineErrors.Load(); n != 1 {
+		t.Errorf("%d engine errors counted", n)
+	}
 }
 
 func TestLongAnswer(t *testing.T) {
@@ -900,11 +1063,26 @@ func TestNotReadyAndDraining(t *testing.T) {
 }
 
 func TestPanicIsContained(t *testing.T) {
-	b := start(t, nil, nil, func(s *Server) { s.ready = func() bool { panic("secret") } })
-	resp, body := b.post(t, "/v1/chat/completions", hello)
-	wantError(t, resp, body, 500, "internal")
-	if strings.Contains(body, "secret") || b.counters.Panics.Load() != 1 {
-		t.Errorf("%s, %d counted", body, b.counters.Panics.Load())
+	for _, test := range []struct {
+		name   string
+		config func(*Config)
+	}{
+		{"in a request", func(c *Config) { c.Ready = func() bool { panic("secret") } }},
+		// On a goroutine of net/http's, where it would end the process.
+		{"while dialling", func(c *Config) { c.Engine = func(context.Context) (net.Conn, error) { panic("secret") } }},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			b := start(t, nil, test.config, nil)
+			before := port.Bugs.Load()
+			resp, body := b.post(t, "/v1/chat/completions", hello)
+			wantError(t, resp, body, 500, "internal")
+			if n := port.Bugs.Load() - before; n != 1 || strings.Contains(body, "secret") {
+				t.Errorf("%s, %d counted", body, n)
+			}
+			if n := b.counters.EngineErrors.Load(); n != 0 {
+				t.Errorf("%d engine errors counted", n)
+			}
+		})
 	}
 }
 
@@ -977,51 +1155,146 @@ func TestTransport(t *testing.T) {
 	})
 }
 
+// Connections that do nothing, and requests that do not arrive, shut nobody out; a
+// request in the engine keeps its connection.
 func TestConnectionLimit(t *testing.T) {
-	b := start(t, nil, func(c *Config) { c.Limits.Concurrency = 1 }, nil)
-	var conns []net.Conn
-	defer func() {
-		for _, conn := range conns {
-			conn.Close()
+	begun, release := make(chan struct{}), make(chan struct{})
+	b := start(t, func(w http.ResponseWriter, r *http.Request) {
+		io.Copy(io.Discard, r.Body)
+		close(begun)
+		<-release
+		sayJSON(w, 200, `{}`)
+	}, func(c *Config) { c.Limits.Concurrency = 1 }, nil)
+	inEngine := b.dial(t, postHead+fmt.Sprintf("Content-Length: %d\r\n\r\n%s", len(hello), hello))
+	<-begun
+	idle := b.dial(t, "GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n")
+	readResponse(t, idle)
+	eventually(t, "it idles", func() bool { return b.bodies() == 0 })
+	const spare = spareConnections - 1
+	fill := func() (conns []net.Conn) {
+		for range spare {
+			conn, err := net.Dial("tcp", b.address)
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { conn.Close() })
+			conns = append(conns, conn)
 		}
-	}()
-	open := func() net.Conn {
-		conn, err := net.Dial("tcp", b.address)
-		if err != nil {
-			t.Fatal(err)
-		}
-		conns = append(conns, conn)
-		return conn
+		return conns
 	}
-	for range 1 + spareConnections {
-		open()
-	}
+	silent := fill()
 	eventually(t, "all are in", func() bool { return b.counters.Connections.Load() == 1+spareConnections })
-	wantClosed(t, open())
-	conns[0].Close()
-	eventually(t, "there is room again", func() bool {
-		conn, err := tls.Dial("tcp", b.address, clientTLS())
-		if err == nil {
-			conn.Close()
+	another := b.dial(t, "GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n")
+	if resp, _ := readResponse(t, another); resp.StatusCode != 200 {
+		t.Errorf("one that has something to ask got %d", resp.StatusCode)
+	}
+	wantClosed(t, idle)
+	// A flood of new ones closes the older ones.
+	fill()
+	wantClosed(t, silent[0])
+	wantClosed(t, silent[spare-1])
+	close(release)
+	if resp, body := readResponse(t, inEngine); resp.StatusCode != 200 {
+		t.Errorf("the request in the engine got %d %s", resp.StatusCode, body)
+	}
+}
+
+type fakeConn struct {
+	net.Conn
+	closed bool
+}
+
+func (c *fakeConn) Close() error { c.closed = true; return nil }
+
+func TestWaiting(t *testing.T) {
+	w := waiting{since: map[net.Conn]wait{}}
+	w.closeOne() // nobody waits
+	conns := make([]*fakeConn, 5)
+	for i, state := range []http.ConnState{http.StateActive, http.StateIdle, http.StateNew, http.StateActive, http.StateIdle} {
+		conns[i] = new(fakeConn)
+		w.state(conns[i], http.StateNew)
+		w.state(conns[i], state)
+		time.Sleep(time.Millisecond)
+	}
+	w.done(conns[4])                         // has a place
+	w.state(conns[1], http.StateIdle)        // has just asked something
+	for _, want := range []int{2, 1, 0, 3} { // those without a request first
+		if conns[want].closed {
+			t.Errorf("%d was closed before its turn", want)
 		}
-		return err == nil
-	})
+		w.closeOne()
+		if !conns[want].closed {
+			t.Errorf("%d was not closed", want)
+		}
+	}
+	w.closeOne()
+	if conns[4].closed {
+		t.Error("one with a place was closed")
+	}
+	w.state(conns[4], http.StateIdle)
+	w.state(conns[4], http.StateClosed)
+	if len(w.since) != 0 {
+		t.Errorf("it remembers %d", len(w.since))
+	}
+}
+
+// Every error is counted once.
+func TestCountErrors(t *testing.T) {
+	for _, test := range []struct {
+		name string
+		err  *apiError
+		want guest.CounterTable
+		bugs int64
+	}{
+		{"refused", errPath, guest.CounterTable{Refused: 1}, 0},
+		{"busy", errBusy, guest.CounterTable{Busy: 1}, 0},
+		{"memory", errMemory, guest.CounterTable{Busy: 1}, 0},
+		{"draining", errDraining, guest.CounterTable{Unavailable: 1}, 0},
+		{"engine failed", errEngineFailed, guest.CounterTable{EngineErrors: 1}, 0},
+		{"engine silent", errEngineSilent, guest.CounterTable{EngineErrors: 1}, 0},
+		{"engine too slow", errTotal, guest.CounterTable{EngineErrors: 1}, 0},
+		{"not supported", errNotSupported, guest.CounterTable{EngineErrors: 1}, 0},
+		{"answer too long", errAnswerTooLong, guest.CounterTable{EngineErrors: 1}, 0},
+		{"internal", errInternal, guest.CounterTable{}, 1},
+		{"the engine's own refusal", &apiError{status: 400, engine: true}, guest.CounterTable{}, 0},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			before := port.Bugs.Load()
+			var c Counters
+			var got guest.CounterTable
+			c.count(test.err)
+			c.Fill(&got)
+			if bugs := port.Bugs.Load() - before; got != test.want || bugs != test.bugs {
+				t.Errorf("got %+v, %d bugs", got, bugs)
+			}
+		})
+	}
 }
 
 // A client that does not read cannot hold its place for longer than the idle
-// limit.
+// limit, nor past the end of its request.
 func TestClientDoesNotRead(t *testing.T) {
 	event := "data: {\"x\":\"" + strings.Repeat("y", 100<<10) + "\"}\n\n"
-	b := start(t, func(w http.ResponseWriter, r *http.Request) {
-		io.Copy(io.Discard, r.Body)
-		for r.Context().Err() == nil {
-			sayEvents(w, event)
-		}
-	}, nil, func(s *Server) { s.idle = 300 * time.Millisecond })
-	conn := b.dial(t, postHead+fmt.Sprintf("Content-Length: %d\r\n\r\n", len(helloStream)))
-	conn.NetConn().(*net.TCPConn).SetReadBuffer(4 << 10) // so that little is enough to fill it
-	io.WriteString(conn, helloStream)
-	eventually(t, "it lost its place", func() bool { return b.counters.Cancelled.Load() == 1 && b.Active() == 0 })
+	for _, test := range []struct {
+		name        string
+		idle, total time.Duration
+	}{
+		{"idle", 300 * time.Millisecond, time.Hour},
+		{"total", time.Hour, 300 * time.Millisecond},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			b := start(t, func(w http.ResponseWriter, r *http.Request) {
+				io.Copy(io.Discard, r.Body)
+				for r.Context().Err() == nil {
+					sayEvents(w, event)
+				}
+			}, nil, func(s *Server) { s.idle, s.total = test.idle, test.total })
+			conn := b.dial(t, postHead+fmt.Sprintf("Content-Length: %d\r\n\r\n", len(helloStream)))
+			conn.NetConn().(*net.TCPConn).SetReadBuffer(4 << 10) // so that little is enough to fill it
+			io.WriteString(conn, helloStream)
+			eventually(t, "it lost its place", func() bool { return b.counters.Cancelled.Load() == 1 && b.Active() == 0 })
+		})
+	}
 }
 
 func TestEndlessAnswer(t *testing.T) {

@@ -4,6 +4,7 @@ import (
 	"net/http"
 	"sync/atomic"
 
+	"chrysalis/agent/port"
 	"chrysalis/guest"
 )
 
@@ -15,9 +16,8 @@ type Counters struct {
 	Refused      atomic.Int64 // answered 4xx by the agent itself, but for 429
 	Busy         atomic.Int64 // answered 429
 	Unavailable  atomic.Int64 // answered 503
-	EngineErrors atomic.Int64 // the engine broke off, fell silent or answered 5xx
-	Cancelled    atomic.Int64 // the client went away first
-	Panics       atomic.Int64 // bugs that were contained; the status port has no place for it
+	EngineErrors atomic.Int64 // the engine broke off, fell silent, took too long or answered 5xx but for 503
+	Cancelled    atomic.Int64 // the client went away first, or was hung up on to let another in
 }
 
 // Fill copies the counters into the table that the status port serves. It leaves
@@ -33,7 +33,8 @@ func (c *Counters) Fill(t *guest.CounterTable) {
 	t.Cancelled = c.Cancelled.Load()
 }
 
-// count counts an answer that is an error.
+// count counts an answer that is an error. What the engine refused is in Requests
+// only.
 func (c *Counters) count(e *apiError) {
 	switch {
 	case e.engine:
@@ -43,7 +44,9 @@ func (c *Counters) count(e *apiError) {
 		c.Unavailable.Add(1)
 	case e.status < 500:
 		c.Refused.Add(1)
-	case e == errEngineFailed, e == errEngineSilent, e == errAnswerTooLong:
+	case e == errInternal:
+		port.Bugs.Add(1)
+	default:
 		c.EngineErrors.Add(1)
 	}
 }

@@ -12,12 +12,15 @@ import (
 	"strings"
 	"time"
 	"unicode/utf8"
+
+	"chrysalis/agent/port"
 )
 
 const (
 	maxAnswer = 64 << 20 // bytes of an answer, streamed or not
 	// An answer up to this size is held until it is whole, so that an engine that
-	// dies over it is a clean 502; a longer one is passed on as it comes.
+	// dies over it is a clean 502; a longer one is passed on as it comes, and so is
+	// one that there is no memory left to hold.
 	maxHeld    = 256 << 10
 	maxMessage = 1 << 10 // bytes of an engine's error message
 )
@@ -26,12 +29,15 @@ const (
 type engineDown struct{ error }
 
 func engineTransport(dial func(context.Context) (net.Conn, error)) *http.Transport {
-	protocols := new(http.Protocols)
-	protocols.SetHTTP1(true)
 	return &http.Transport{
-		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			conn, err := dial(ctx)
-			if err != nil {
+		DialContext: func(ctx context.Context, _, _ string) (conn net.Conn, err error) {
+			// net/http dials on a goroutine of its own, where ServeHTTP contains nothing.
+			defer func() {
+				if recover() != nil {
+					conn, err = nil, errInternal
+				}
+			}()
+			if conn, err = dial(ctx); err != nil {
 				return nil, engineDown{err}
 			}
 			return conn, nil
@@ -42,7 +48,7 @@ func engineTransport(dial func(context.Context) (net.Conn, error)) *http.Transpo
 		DisableKeepAlives:      true,
 		DisableCompression:     true,
 		MaxResponseHeaderBytes: maxHeader,
-		Protocols:              protocols,
+		Protocols:              port.HTTP1(),
 	}
 }
 
@@ -158,22 +164,20 @@ func (x *exchange) relayEvents(src io.Reader) error {
 
 // relayAnswer passes on an answer that is not a stream.
 func (x *exchange) relayAnswer(src io.Reader) error {
-	var held bytes.Buffer
-	switch n, err := io.CopyN(&held, src, maxHeld); {
-	case err == io.EOF:
-		answer := held.Bytes()
-		if n == 0 || answer[0] != '{' || !json.Valid(answer) {
-			return errEngineFailed
-		}
-		return x.answer(http.StatusOK, answer)
+	held, whole, err := x.hold(src)
+	switch {
 	case err != nil:
 		return err
+	case whole && (len(held) == 0 || held[0] != '{' || !json.Valid(held)):
+		return errEngineFailed
+	case whole:
+		return x.answer(http.StatusOK, held)
 	}
 	x.start(http.StatusOK, "application/json")
-	if err := x.write(held.Bytes()); err != nil {
+	if err := x.write(held); err != nil {
 		return err
 	}
-	buf := held.Bytes()[:16<<10]
+	buf := held[:freeBuffer]
 	for {
 		n, err := src.Read(buf)
 		if n > 0 {
@@ -186,6 +190,27 @@ func (x *exchange) relayAnswer(src io.Reader) error {
 			return nil
 		case err != nil:
 			return err
+		}
+	}
+}
+
+// hold reads an answer until it is whole, or longer than maxHeld or than there is
+// memory for.
+func (x *exchange) hold(src io.Reader) (held []byte, whole bool, err error) {
+	for {
+		if len(held) == cap(held) {
+			var ok bool
+			if held, ok = x.grow(held, maxHeld); !ok {
+				return held, false, nil
+			}
+		}
+		n, err := src.Read(held[len(held):cap(held)])
+		held = held[:len(held)+n]
+		switch {
+		case err == io.EOF:
+			return held, true, nil
+		case err != nil:
+			return nil, false, err
 		}
 	}
 }
@@ -203,7 +228,7 @@ func engineRefusal(status int, src io.Reader) error {
 	default:
 		return errEngineFailed
 	}
-	body, err := io.ReadAll(io.LimitReader(src, 64<<10))
+	body, err := io.ReadAll(io.LimitReader(src, freeBuffer))
 	if err != nil {
 		return err
 	}

@@ -117,7 +117,7 @@ func (req *request) encode() (pieces net.Buffers, length int64) {
 	return pieces, length
 }
 
-// checkHead refuses by its header what needs no place in the engine to refuse.
+// checkHead refuses what its header is enough to refuse.
 func (s *Server) checkHead(r *http.Request) *apiError {
 	kind, params, err := mime.ParseMediaType(r.Header.Get("Content-Type"))
 	charset, given := params["charset"]
@@ -137,7 +137,8 @@ var errGone = errors.New("the client has gone")
 
 // readBody reads a whole body. Its buffer grows with what has arrived, whatever
 // length was announced, and comes out of the memory set aside for all bodies:
-// running out of memory would end PID 1, and with it the VM.
+// running out of memory would end PID 1, and with it the VM. It has limits on its
+// time of its own, because the manifest's are about what the engine may take.
 func (x *exchange) readBody() ([]byte, error) {
 	limit := x.s.limits.BodyBytes
 	// MaxBytesReader also makes net/http close the connection instead of reading
@@ -148,21 +149,16 @@ func (x *exchange) readBody() ([]byte, error) {
 		most = x.r.ContentLength
 	}
 	most++ // the read that finds the end needs room, too
+	end := earlier(time.Now().Add(x.s.bodyTotal), x.end)
 	var buf []byte
 	for {
 		if len(buf) == cap(buf) {
-			size := min(most, max(16<<10, 2*int64(cap(buf))))
-			if size == int64(cap(buf)) {
-				return nil, errTooLarge // not reached: src ends first
-			}
-			if !x.reserve(size - int64(cap(buf))) {
+			var ok bool
+			if buf, ok = x.grow(buf, most); !ok {
 				return nil, errMemory
 			}
-			grown := make([]byte, len(buf), size)
-			copy(grown, buf)
-			buf = grown
 		}
-		x.rc.SetReadDeadline(earlier(time.Now().Add(x.s.idle), x.end))
+		x.rc.SetReadDeadline(earlier(time.Now().Add(x.s.bodyIdle), end))
 		n, err := src.Read(buf[len(buf):cap(buf)])
 		buf = buf[:len(buf)+n]
 		var tooLarge *http.MaxBytesError

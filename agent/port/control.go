@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"sync"
 	"time"
 
 	"chrysalis/guest"
@@ -18,12 +17,6 @@ const (
 	controlTimeout     = 5 * time.Second // for a whole connection
 )
 
-// The errors of a guest.ControlReply.
-const (
-	ErrorBadMessage = "bad-message" // not one strict guest.ControlRequest and a newline
-	ErrorUnknownOp  = "unknown-op"  // an operation that this version does not have
-)
-
 // Control is the server of the control port.
 type Control struct {
 	// Host reports whether a peer is the host. Every other one is hung up on,
@@ -32,89 +25,39 @@ type Control struct {
 	// Handle carries out one request. What must not happen before the host has
 	// its reply, such as ending the VM, goes into then, which may be nil.
 	Handle func(guest.ControlRequest) (reply guest.ControlReply, then func())
-
-	mu    sync.Mutex
-	ln    net.Listener
-	conns map[net.Conn]struct{}
-	done  bool
 }
 
-// Serve serves a raw vsock listener until Close. It always returns an error;
-// after Close it is net.ErrClosed.
+// Serve serves a raw vsock listener until that fails or is closed. It always
+// returns an error.
 func (c *Control) Serve(raw net.Listener) error {
-	ln := Bound(raw, controlConnections, nil)
-	c.mu.Lock()
-	if c.done {
-		c.mu.Unlock()
-		ln.Close()
-		return net.ErrClosed
-	}
-	c.ln, c.conns = ln, map[net.Conn]struct{}{}
-	c.mu.Unlock()
+	ln := Bound(raw, controlConnections, nil, nil)
 	for {
 		conn, err := ln.Accept()
 		if err != nil {
-			c.mu.Lock()
-			defer c.mu.Unlock()
-			if c.done {
-				return net.ErrClosed
-			}
 			return fmt.Errorf("control port: %w", err)
 		}
-		if !c.add(conn) {
+		if !c.Host(conn.RemoteAddr()) {
 			conn.Close()
 			continue
 		}
 		go func() {
-			then := c.serve(conn)
-			c.remove(conn)
-			if then != nil {
+			defer contain()
+			if then := c.serve(conn); then != nil {
 				then()
 			}
 		}()
 	}
 }
 
-// Close ends the server and its connections. It does not wait for what a request
-// set going, because that may be what calls it.
-func (c *Control) Close() error {
-	c.mu.Lock()
-	c.done = true
-	if c.ln != nil {
-		c.ln.Close()
-	}
-	for conn := range c.conns {
-		conn.Close()
-	}
-	c.mu.Unlock()
-	return nil
-}
-
-func (c *Control) add(conn net.Conn) bool {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.done || !c.Host(conn.RemoteAddr()) {
-		return false
-	}
-	c.conns[conn] = struct{}{}
-	return true
-}
-
-func (c *Control) remove(conn net.Conn) {
-	conn.Close()
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	delete(c.conns, conn)
-}
-
-// serve answers one request and returns what is to be done after the reply.
+// serve answers one request, hangs up and returns what is to be done then.
 func (c *Control) serve(conn net.Conn) (then func()) {
+	defer conn.Close()
 	conn.SetDeadline(time.Now().Add(controlTimeout))
 	line, err := readLine(conn)
 	if err != nil && !errors.Is(err, errMessage) {
 		return nil // it hung up or said nothing: there is nobody to answer
 	}
-	reply := guest.ControlReply{Error: ErrorBadMessage}
+	reply := guest.ControlReply{Error: guest.ErrorBadMessage}
 	if err == nil {
 		if request, err := parseControl(line); err == nil {
 			reply, then = c.Handle(request)

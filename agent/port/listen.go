@@ -10,6 +10,7 @@ package port
 
 import (
 	"net"
+	"net/http"
 	"sync"
 	"sync/atomic"
 
@@ -21,15 +22,18 @@ import (
 // up to 16,406 bytes would be put together again. At most max connections are
 // open at a time; more are closed at once, because one that waits in the backlog
 // looks to its client like a VM that hangs. accepted, if not nil, is called for
-// each connection that is let in, before a byte of it is read.
-func Bound(ln net.Listener, max int, accepted func()) net.Listener {
-	return &boundListener{Listener: ln, slots: make(chan struct{}, max), accepted: accepted}
+// each connection that is let in, before a byte of it is read. makeRoom, if not
+// nil, is called when one is too many: it may close another, and Bound then lets
+// the new one in.
+func Bound(ln net.Listener, max int, accepted, makeRoom func()) net.Listener {
+	return &boundListener{Listener: ln, slots: make(chan struct{}, max), accepted: accepted, makeRoom: makeRoom}
 }
 
 type boundListener struct {
 	net.Listener
 	slots    chan struct{}
 	accepted func()
+	makeRoom func()
 }
 
 func (l *boundListener) Accept() (net.Conn, error) {
@@ -38,9 +42,12 @@ func (l *boundListener) Accept() (net.Conn, error) {
 		if err != nil {
 			return nil, err
 		}
-		select {
-		case l.slots <- struct{}{}:
-		default:
+		taken := l.take()
+		if !taken && l.makeRoom != nil {
+			l.makeRoom()
+			taken = l.take()
+		}
+		if !taken {
 			conn.Close()
 			continue
 		}
@@ -48,6 +55,15 @@ func (l *boundListener) Accept() (net.Conn, error) {
 			l.accepted()
 		}
 		return &boundConn{Conn: conn, release: func() { <-l.slots }}, nil
+	}
+}
+
+func (l *boundListener) take() bool {
+	select {
+	case l.slots <- struct{}{}:
+		return true
+	default:
+		return false
 	}
 }
 
@@ -83,4 +99,24 @@ func (c *boundConn) Write(p []byte) (int, error) {
 func (c *boundConn) Close() error {
 	c.once.Do(c.release)
 	return c.Conn.Close()
+}
+
+// HTTP1 is HTTP/1.1 and nothing else.
+func HTTP1() *http.Protocols {
+	p := new(http.Protocols)
+	p.SetHTTP1(true)
+	return p
+}
+
+// Bugs counts the bugs in the agent that cost a peer its connection or its
+// request. The rest of the VM went on, so this is the only trace of them; it is on
+// /metrics.
+var Bugs atomic.Int64
+
+// contain, deferred, keeps a panic to the goroutine of one connection. Without it
+// a bug that one peer can reach ends PID 1, and with it every other peer's VM.
+func contain() {
+	if recover() != nil {
+		Bugs.Add(1)
+	}
 }

@@ -6,9 +6,11 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
+	"os"
 	"path/filepath"
 	"runtime"
 	"strings"
@@ -75,8 +77,8 @@ func startStatus(t *testing.T) *statusBench {
 	}}
 	t.Cleanup(func() {
 		transport.CloseIdleConnections()
-		s.Close()
-		if err := <-done; err != http.ErrServerClosed {
+		ln.Close()
+		if err := <-done; !errors.Is(err, net.ErrClosed) {
 			t.Errorf("Serve returned %v", err)
 		}
 	})
@@ -102,7 +104,8 @@ func TestStatus(t *testing.T) {
 	b.state.Begin(guest.PhaseMounts)
 	b.state.Begin(guest.PhaseServe)
 	b.state.FinishPhase()
-	b.state.SetReady(true)
+	b.state.SetServing()
+	b.state.SetEngine(true)
 	code, body := b.get(t, "/status")
 	var got guest.Status
 	if err := json.Unmarshal([]byte(body), &got); err != nil || code != 200 {
@@ -283,7 +286,8 @@ func TestNobodyReadsTheReason(t *testing.T) {
 	go func() {
 		defer close(done)
 		for range 20_000 { // far more than a socket holds
-			b.state.SetReady(true)
+			b.state.SetServing()
+			b.state.SetEngine(true)
 		}
 	}()
 	select {
@@ -442,14 +446,14 @@ func TestControl(t *testing.T) {
 			case guest.OpStop:
 				return guest.ControlReply{OK: true, Active: 3}, func() { stopped.Add(1) }
 			}
-			return guest.ControlReply{Error: ErrorUnknownOp}, nil
+			return guest.ControlReply{Error: guest.ErrorUnknownOp}, nil
 		},
 	}
 	done := make(chan error, 1)
 	go func() { done <- c.Serve(ln) }()
 	t.Cleanup(func() {
-		c.Close()
-		if err := <-done; err != net.ErrClosed {
+		ln.Close()
+		if err := <-done; !errors.Is(err, net.ErrClosed) {
 			t.Errorf("Serve returned %v", err)
 		}
 	})
@@ -492,7 +496,7 @@ func TestControlPeers(t *testing.T) {
 		},
 	}
 	go c.Serve(ln)
-	t.Cleanup(func() { c.Close() })
+	t.Cleanup(func() { ln.Close() })
 	conn := dial()
 	io.WriteString(conn, `{"op":"stop"}`+"\n")
 	conn.SetReadDeadline(time.Now().Add(5 * time.Second))
@@ -506,11 +510,109 @@ func TestControlSilence(t *testing.T) {
 	ln, dial := listen(t)
 	c := &Control{Host: func(net.Addr) bool { return true }}
 	go c.Serve(ln)
-	t.Cleanup(func() { c.Close() })
+	t.Cleanup(func() { ln.Close() })
 	conn, at := dial(), time.Now()
 	conn.SetReadDeadline(at.Add(controlTimeout + 2*time.Second))
 	if _, err := conn.Read(make([]byte, 1)); err != io.EOF {
 		t.Errorf("got %v after %v", err, time.Since(at))
+	}
+}
+
+// A bug that one peer can reach costs that peer its connection, and no other.
+func TestControlPanics(t *testing.T) {
+	for _, test := range []struct{ name, want string }{
+		{"before the reply", ""},
+		{"after the reply", `{"ok":true,"active":0}`},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			noGoroutineLeft(t)
+			ln, dial := listen(t)
+			c := &Control{
+				Host: func(net.Addr) bool { return true },
+				Handle: func(guest.ControlRequest) (guest.ControlReply, func()) {
+					if test.want == "" {
+						panic("secret")
+					}
+					return guest.ControlReply{OK: true}, func() { panic("secret") }
+				},
+			}
+			go c.Serve(ln)
+			t.Cleanup(func() { ln.Close() })
+			before := Bugs.Load()
+			for range controlConnections + 1 { // each gives its slot back
+				conn := dial()
+				io.WriteString(conn, `{"op":"stop"}`+"\n")
+				conn.SetReadDeadline(time.Now().Add(5 * time.Second))
+				if reply, err := io.ReadAll(conn); strings.TrimSpace(string(reply)) != test.want || err != nil {
+					t.Fatalf("got %q, %v", reply, err)
+				}
+			}
+			eventually(t, "all are counted", func() bool { return Bugs.Load()-before == controlConnections+1 })
+		})
+	}
+}
+
+func TestStatusPanics(t *testing.T) {
+	b := startStatus(t)
+	var broken atomic.Bool
+	b.state.counters = func() guest.CounterTable {
+		if broken.Load() {
+			panic("secret")
+		}
+		return guest.CounterTable{}
+	}
+	before := Bugs.Load()
+	broken.Store(true)
+	if resp, err := b.client.Post("http://vm/status", "", nil); err != nil || resp.StatusCode != 405 {
+		t.Errorf("got %v, %v", resp, err)
+	} else {
+		resp.Body.Close()
+	}
+	conn := b.dial()
+	io.WriteString(conn, "GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
+	conn.SetReadDeadline(time.Now().Add(5 * time.Second))
+	if reply, err := io.ReadAll(conn); err != nil || strings.Contains(string(reply), "secret") {
+		t.Errorf("got %q, %v", reply, err)
+	}
+	if n := Bugs.Load() - before; n != 1 {
+		t.Errorf("%d counted", n)
+	}
+	broken.Store(false)
+	if _, body := b.get(t, "/metrics"); !strings.Contains(body, fmt.Sprintf("chrysalis_agent_bugs_total %d\n", Bugs.Load())) {
+		t.Errorf("not shown: %s", body)
+	}
+}
+
+func TestBoundMakesRoom(t *testing.T) {
+	raw, dial := listen(t)
+	t.Cleanup(func() { raw.Close() })
+	var oldest net.Conn
+	asked := 0
+	ln := Bound(raw, 1, nil, func() {
+		if asked++; asked == 1 {
+			oldest.Close()
+		}
+	})
+	first := dial()
+	oldest, _ = ln.Accept()
+	second := dial()
+	if conn, err := ln.Accept(); err != nil {
+		t.Fatal(err)
+	} else {
+		defer conn.Close()
+	}
+	if _, err := first.Read(make([]byte, 1)); err != io.EOF {
+		t.Errorf("the first got %v", err)
+	}
+	third := dial() // for which no room is made
+	go ln.Accept()
+	third.SetReadDeadline(time.Now().Add(5 * time.Second))
+	if _, err := third.Read(make([]byte, 1)); err != io.EOF {
+		t.Errorf("the third got %v", err)
+	}
+	second.SetReadDeadline(time.Now().Add(10 * time.Millisecond))
+	if _, err := second.Read(make([]byte, 1)); !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("the second got %v", err)
 	}
 }
 

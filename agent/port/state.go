@@ -19,6 +19,8 @@ type State struct {
 	status    guest.Status
 	phaseAt   time.Time
 	inPhase   bool
+	serving   bool
+	engine    bool
 	changed   chan struct{} // closed at the next change
 	delivered chan struct{} // closed when a reader has the reason
 }
@@ -64,9 +66,14 @@ func (s *State) finishPhase(status *guest.Status) {
 	}
 }
 
-// SetReady says whether clients are being served and the engine answers.
-func (s *State) SetReady(ready bool) {
-	s.change(func(status *guest.Status) { status.Ready = ready })
+// SetServing says that clients are being served from now on.
+func (s *State) SetServing() {
+	s.change(func(*guest.Status) { s.serving = true })
+}
+
+// SetEngine says whether the engine answers.
+func (s *State) SetEngine(up bool) {
+	s.change(func(*guest.Status) { s.engine = up })
 }
 
 // Drain says that no new requests are admitted from now on.
@@ -81,7 +88,6 @@ func (s *State) End(reason guest.Reason) {
 		if status.Reason == guest.ReasonNone {
 			status.Reason = reason
 		}
-		status.Ready = false
 	})
 }
 
@@ -89,6 +95,7 @@ func (s *State) change(edit func(*guest.Status)) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	edit(&s.status)
+	s.status.Ready = s.serving && s.engine && s.status.Reason == guest.ReasonNone
 	close(s.changed)
 	s.changed = make(chan struct{})
 }

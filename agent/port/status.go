@@ -29,43 +29,27 @@ type Status struct {
 	state *State
 	log   *Log
 	http  *http.Server
-	// Kept apart from the server's own, so that Close ends the streams, too.
-	done context.Context
-	stop context.CancelFunc
 }
 
 // NewStatus returns a server of the state and of the engine's log.
 func NewStatus(state *State, engineLog *Log) *Status {
 	s := &Status{state: state, log: engineLog}
-	s.done, s.stop = context.WithCancel(context.Background())
 	s.http = &http.Server{
 		Handler:                      s,
 		ReadTimeout:                  statusTimeout,
 		IdleTimeout:                  statusIdle,
 		MaxHeaderBytes:               1, // net/http adds 4096 of its own: 4 KiB
 		DisableGeneralOptionsHandler: true,
-		Protocols:                    http1(),
+		Protocols:                    HTTP1(),
 		ErrorLog:                     log.New(io.Discard, "", 0),
 	}
 	return s
 }
 
-func http1() *http.Protocols {
-	p := new(http.Protocols)
-	p.SetHTTP1(true)
-	return p
-}
-
-// Serve serves a raw vsock listener until Close. It always returns an error;
-// after Close it is http.ErrServerClosed.
+// Serve serves a raw vsock listener until that fails or is closed. It always
+// returns an error.
 func (s *Status) Serve(ln net.Listener) error {
-	return s.http.Serve(Bound(ln, statusConnections, nil))
-}
-
-// Close ends the server, its connections and its streams.
-func (s *Status) Close() error {
-	s.stop()
-	return s.http.Close()
+	return s.http.Serve(Bound(ln, statusConnections, nil, nil))
 }
 
 // CloseLog ends the readers of the engine's log and forgets it. The agent calls
@@ -82,6 +66,12 @@ var statusRoutes = map[string]func(*Status, *stream){
 
 // ServeHTTP implements http.Handler.
 func (s *Status) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	defer func() {
+		if recover() != nil {
+			Bugs.Add(1)
+			panic(http.ErrAbortHandler) // net/http closes the connection
+		}
+	}()
 	out := &stream{w: w, ctx: r.Context(), control: http.NewResponseController(w)}
 	serve, ok := statusRoutes[r.RequestURI]
 	switch {
@@ -150,7 +140,6 @@ func (s *Status) serveEvents(out *stream) {
 		if status.Reason != guest.ReasonNone {
 			select {
 			case <-out.ctx.Done():
-			case <-s.done.Done():
 			case <-time.After(deliveryGrace):
 			}
 			s.state.markDelivered()
@@ -161,8 +150,6 @@ func (s *Status) serveEvents(out *stream) {
 		case <-changed:
 		case <-ticker.C:
 		case <-out.ctx.Done():
-			return
-		case <-s.done.Done():
 			return
 		}
 	}
@@ -193,8 +180,6 @@ func (s *Status) serveLog(out *stream) {
 		select {
 		case <-more:
 		case <-out.ctx.Done():
-			return
-		case <-s.done.Done():
 			return
 		}
 	}
@@ -260,9 +245,10 @@ func appendMetrics(b []byte, s guest.Status) []byte {
 	single("refused_total", "counter", "Requests answered 4xx by the agent itself.", float64(c.Refused))
 	single("busy_total", "counter", "Requests answered 429.", float64(c.Busy))
 	single("unavailable_total", "counter", "Requests answered 503.", float64(c.Unavailable))
-	single("engine_errors_total", "counter", "Requests that the engine broke off or answered 5xx.", float64(c.EngineErrors))
+	single("engine_errors_total", "counter", "Requests that the engine broke off, answered 5xx or took too long for.", float64(c.EngineErrors))
 	single("cancelled_total", "counter", "Requests whose client went away first.", float64(c.Cancelled))
 	single("engine_restarts_total", "counter", "Restarts of the engine.", float64(c.EngineRestarts))
+	single("agent_bugs_total", "counter", "Bugs in the agent that cost a peer its connection or its request.", float64(Bugs.Load()))
 	const kib = 1024
 	single("agent_resident_bytes", "gauge", "Resident memory of the agent.", float64(c.AgentRSSKiB)*kib)
 	single("agent_resident_peak_bytes", "gauge", "Peak resident memory of the agent.", float64(c.AgentPeakKiB)*kib)

@@ -18,11 +18,17 @@ func TestBadDisks(t *testing.T) {
 			return data
 		}
 	}
-	other := filepath.Join(t.TempDir(), "other.disk")
-	_, err := models.Pack(t.Context(), filepath.Join(source, "models/demo/demo.gguf"), models.PackOptions{
-		Name: "chrysalis/demo", Revision: "other", Out: other,
-	})
+	// Other weights under the same name: one byte of the last tensor differs.
+	weights, err := os.ReadFile(filepath.Join(source, "models/demo/demo.gguf"))
 	if err != nil {
+		t.Fatal(err)
+	}
+	weights[len(weights)-100] ^= 1
+	gguf, other := filepath.Join(t.TempDir(), "other.gguf"), filepath.Join(t.TempDir(), "other.disk")
+	if err := os.WriteFile(gguf, weights, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := models.Pack(t.Context(), gguf, models.PackOptions{Name: "chrysalis/demo", Revision: "1", Out: other}); err != nil {
 		t.Fatal(err)
 	}
 	// Another model's data and tree under the right model's UUIDs.

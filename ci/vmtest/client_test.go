@@ -95,15 +95,16 @@ func TestClients(t *testing.T) {
 	address := strings.TrimPrefix(endpoint, "https://")
 	c := newClient(t, endpoint)
 
-	t.Run("the console is silent after the kernel", func(t *testing.T) {
-		r := h.run(time.Minute, "logs", "--console")
-		if i := strings.Index(r.stdout, "Run /init"); i >= 0 {
-			t.Errorf("the console says after the start of PID 1:\n%s", r.stdout[i:])
+	console := h.run(time.Minute, "logs", "--console").stdout
+	t.Cleanup(func() { // after the parallel subtests
+		if r := h.run(time.Minute, "down"); r.code != 0 {
+			t.Errorf("down: %s", r)
 		}
-		if strings.Contains(r.stdout, "agent:") {
-			t.Errorf("the agent wrote to the console:\n%s", r.stdout)
+		if after := h.run(time.Minute, "logs", "--console").stdout; after != console || strings.Contains(after, "agent:") {
+			t.Errorf("the VM wrote to the console after the kernel had started PID 1:\n%s", strings.TrimPrefix(after, console))
 		}
 	})
+
 	t.Run("the engine's log is readable until the first client", func(t *testing.T) {
 		r := h.run(time.Minute, "logs", "--engine")
 		if !strings.Contains(r.stdout, "model loaded") {
@@ -199,11 +200,12 @@ func TestClients(t *testing.T) {
 		req.Header.Set("Content-Type", "application/json")
 		req.ContentLength = -1
 		resp, err := c.http.Do(req)
-		if err == nil {
-			resp.Body.Close()
-			if resp.StatusCode != 413 && resp.StatusCode != 400 {
-				t.Errorf("%s, expected 413", resp.Status)
-			}
+		if err != nil {
+			t.Fatalf("no answer: %v", err)
+		}
+		resp.Body.Close()
+		if resp.StatusCode != 413 && resp.StatusCode != 400 { // zeros are no JSON either
+			t.Errorf("%s, expected 413", resp.Status)
 		}
 		if sent.n > 64<<20 {
 			t.Errorf("the VM took %d bytes of it", sent.n)
@@ -241,6 +243,16 @@ func TestClients(t *testing.T) {
 		conn.SetReadDeadline(time.Now().Add(4 * time.Minute))
 		if _, err := conn.Read(make([]byte, 1)); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
 			t.Errorf("a client that asks nothing was not hung up on: %v", err)
+		}
+	})
+	t.Run("bodies that never come hold up nobody", func(t *testing.T) {
+		for range 12 { // more than are served at a time
+			conn := tls.Client(dial(t, address), &tls.Config{InsecureSkipVerify: true})
+			fmt.Fprint(conn, "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{")
+		}
+		time.Sleep(time.Second)
+		if resp, body := c.send("POST", "/v1/chat/completions", question("What is a TD?", false)); resp.StatusCode != 200 {
+			t.Errorf("%s: %s", resp.Status, body)
 		}
 	})
 	t.Run("more at once than are served", func(t *testing.T) {
@@ -424,6 +436,37 @@ func TestEngineDies(t *testing.T) {
 		}
 		t.Errorf("the VM goes on: %s", h.run(time.Minute, "status"))
 	})
+}
+
+// TestSideBySide runs two VMs of different names, one of them with the debug
+// image, which talks.
+func TestSideBySide(t *testing.T) {
+	debug := filepath.Join(filepath.Dir(uki), "chrysalis-debug.efi")
+	if _, err := os.Stat(debug); err != nil {
+		t.Fatalf("%v; run 'make image' first", err)
+	}
+	h := newHost(t)
+	engine := testEngine(t, "serve")
+	one := h.up("one", "--engine", engine, "--model", demo)
+	two := h.up("two", "--image", debug, "--engine", engine, "--model", demo)
+	for _, endpoint := range []string{one, two} {
+		if resp, body := newClient(t, endpoint).send("POST", "/v1/chat/completions", question("hello", false)); resp.StatusCode != 200 {
+			t.Errorf("%s: %s: %s", endpoint, resp.Status, body)
+		}
+	}
+	r := h.run(time.Minute, "logs", "two", "--console")
+	if !strings.Contains(r.stdout, "agent: phase serve") || !strings.Contains(r.stdout, "Linux version") {
+		t.Errorf("the debug image's console lacks the agent's log or the kernel's:\n%s", r.stdout)
+	}
+	if strings.Contains(r.stdout, "hello") {
+		t.Errorf("the debug image's console holds a prompt:\n%s", r.stdout)
+	}
+	if r := h.run(time.Minute, "down", "two"); r.code != 0 {
+		t.Errorf("down: %s", r)
+	}
+	if resp, body := newClient(t, one).send("GET", "/v1/models", nil); resp.StatusCode != 200 {
+		t.Errorf("the other VM: %s: %s", resp.Status, body)
+	}
 }
 
 // TestLifecycle replaces a running VM, then takes it down, and recovers from a

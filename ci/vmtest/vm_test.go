@@ -18,6 +18,7 @@ import (
 	"testing/fstest"
 	"time"
 
+	"chrysalis/guest"
 	"chrysalis/image/profile"
 	"chrysalis/manifest"
 	"chrysalis/models"
@@ -144,8 +145,8 @@ func (h *host) upFails(reason string, args ...string) {
 	if !strings.Contains(r.stdout, `"reason":"`+reason+`"`) {
 		h.t.Fatalf("up failed, but not with the reason %s: %s", reason, r)
 	}
-	if r.stderr == "" {
-		h.t.Fatalf("up said nothing on standard error: %s", r)
+	if !strings.Contains(r.stderr, reason) || !strings.Contains(r.stderr, guest.Reason(reason).Explain()) {
+		h.t.Fatalf("up did not tell a person the reason and what it means: %s", r)
 	}
 	h.noProcesses()
 }

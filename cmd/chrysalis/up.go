@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/schollz/progressbar/v3"
@@ -28,7 +29,7 @@ type UpCmd struct {
 	Model     []string         `placeholder:"FILE" sep:"none" help:"A model disk; repeat it for more (default: demo.disk)."`
 	Manifest  string           `placeholder:"FILE" help:"Use this manifest as it is rather than one made from the disks."`
 	Parameter map[string]int64 `placeholder:"NAME=VALUE" mapsep:"none" help:"A parameter of the engine, an integer; repeat it for more."`
-	Shape     string           `default:"small" help:"The VM's shape: h100x1, large, medium, small (default: ${default})."`
+	Shape     string           `default:"small" help:"The VM's shape, one of those below (default: ${default})."`
 	GPU       []string         `name:"gpu" placeholder:"PCI-ADDRESS" sep:"none" help:"A GPU to pass through, like 0000:b8:00.0; repeat it for more."`
 	Listen    string           `placeholder:"HOST:PORT" help:"Where clients connect; port 0 picks a free one (default: 127.0.0.1:8443, or where the replaced VM listens)."`
 	Accel     string           `enum:"auto,tdx,kvm,tcg" default:"auto" help:"Accelerator: auto takes TDX, or else KVM where it really works, or else TCG (default: ${default})."`
@@ -38,6 +39,11 @@ type UpCmd struct {
 	Drain     time.Duration    `default:"1m" help:"How long requests of a replaced VM may take to finish (default: ${default})."`
 	Tools     string           `hidden:"" env:"CHRYSALIS_TOOLS" placeholder:"DIR" help:"The tools root."`
 	JSON      bool             `name:"json" help:"Print one JSON document a line: the steps, then the result."`
+}
+
+// Help is what 'chrysalis up --help' says below the usage.
+func (*UpCmd) Help() string {
+	return "The shapes are " + strings.Join(launcher.ShapeNames(), ", ") + "."
 }
 
 // Run starts the VM and waits until it is ready.

@@ -47,6 +47,15 @@ func TestUpFlags(t *testing.T) {
 	}
 }
 
+func TestUpHelpNamesShapes(t *testing.T) {
+	help := (*UpCmd)(nil).Help()
+	for _, name := range launcher.ShapeNames() {
+		if !strings.Contains(help, name) {
+			t.Errorf("%s is not in %q", name, help)
+		}
+	}
+}
+
 func TestPrintStates(t *testing.T) {
 	now := time.Date(2026, 1, 1, 12, 0, 0, 0, time.UTC)
 	var out strings.Builder

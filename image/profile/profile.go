@@ -58,6 +58,9 @@ type Parameter struct {
 	Min     int64 `json:"min"`
 	Max     int64 `json:"max"`
 	Default int64 `json:"default"`
+	// From, if set, is what the default is taken from, within the bounds: "cpus" is
+	// the number of the VM's processors.
+	From string `json:"default_from,omitempty"`
 }
 
 // Range is an inclusive range.
@@ -97,6 +100,9 @@ func Parse(data []byte) (*Profile, error) {
 	for name, par := range p.Parameters {
 		if !parameterRE.MatchString(name) || slices.Contains(builtin, name) {
 			return nil, fmt.Errorf("engine profile: %q cannot be a parameter's name", name)
+		}
+		if par.From != "" && par.From != fromCPUs {
+			return nil, fmt.Errorf("engine profile: parameter %s: a default cannot be taken from %q", name, par.From)
 		}
 		if par.Min > par.Default || par.Default > par.Max {
 			return nil, fmt.Errorf("engine profile: parameter %s: its default %d is not within %d to %d", name, par.Default, par.Min, par.Max)
@@ -153,12 +159,16 @@ func Parse(data []byte) (*Profile, error) {
 	return &p, nil
 }
 
+// fromCPUs is the only thing that a default can be taken from.
+const fromCPUs = "cpus"
+
 // builtin are the placeholders that are not parameters.
 var builtin = []string{"socket", "model_dir", "model_name"}
 
-// Command renders the engine's arguments and environment for a manifest. An
-// unknown parameter, or one out of the profile's bounds, is an error.
-func (p *Profile) Command(m *manifest.Manifest) (argv, env []string, err error) {
+// Command renders the engine's arguments and environment for a manifest and a VM
+// with so many processors. An unknown parameter, or one out of the profile's
+// bounds, is an error.
+func (p *Profile) Command(m *manifest.Manifest, cpus int) (argv, env []string, err error) {
 	if n := len(m.Models); n < p.Models.Min || n > p.Models.Max {
 		return nil, nil, fmt.Errorf("engine %s serves %d to %d models, the manifest names %d", p.Name, p.Models.Min, p.Models.Max, n)
 	}
@@ -170,6 +180,9 @@ func (p *Profile) Command(m *manifest.Manifest) (argv, env []string, err error) 
 	number := map[string]int64{}
 	for name, par := range p.Parameters {
 		number[name] = par.Default
+		if par.From == fromCPUs {
+			number[name] = min(max(int64(cpus), par.Min), par.Max)
+		}
 	}
 	for name, value := range m.Parameters {
 		par, ok := p.Parameters[name]

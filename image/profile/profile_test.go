@@ -64,7 +64,7 @@ func TestLlama(t *testing.T) {
 		{"embeddings", map[string]int64{"embeddings": 1}, defaults + " --embeddings --pooling mean"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			argv, env, err := p.Command(sample(tt.parameters))
+			argv, env, err := p.Command(sample(tt.parameters), 2)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -101,7 +101,7 @@ func TestCommandRefuses(t *testing.T) {
 		{"no models", "serves 1 to 1 models, the manifest names 0", none},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			argv, env, err := p.Command(tt.manifest)
+			argv, env, err := p.Command(tt.manifest, 2)
 			if err == nil || !strings.Contains(err.Error(), tt.says) || argv != nil || env != nil {
 				t.Errorf("%q, error %v, expected %q", argv, err, tt.says)
 			}
@@ -114,7 +114,7 @@ func TestCommandRefuses(t *testing.T) {
 // reaches the command.
 func TestOnlyTheNameIsText(t *testing.T) {
 	p := parse(t, llama(t))
-	plain, env, err := p.Command(sample(map[string]int64{"embeddings": 1}))
+	plain, env, err := p.Command(sample(map[string]int64{"embeddings": 1}), 2)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -123,7 +123,7 @@ func TestOnlyTheNameIsText(t *testing.T) {
 	m.Models[0] = manifest.Model{Name: "x/${socket}", Revision: "marked", Disk: m.Engine}
 	m.Limits = manifest.Limits{BodyBytes: 4242, Concurrency: 42, IdleSeconds: 43, TotalSeconds: 44}
 	m.GPUs = 7
-	argv, env2, err := p.Command(m)
+	argv, env2, err := p.Command(m, 2)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -151,12 +151,12 @@ func TestArguments(t *testing.T) {
 		{"if":"n","args":["--n=${n}"]},{"if":"m","args":["--m"]},{"args":[""]}],
 		"parameters":{"n":{"min":-5,"max":5,"default":-1},"m":{"min":0,"max":1,"default":0}},
 		"models":{"min":0,"max":2},"health":"/","ready_seconds":1}`))
-	argv, env, err := p.Command(sample(nil))
+	argv, env, err := p.Command(sample(nil), 2)
 	want := []string{"/x", "chrysalis/demo@/models/0:-1-1", "$n", "$", "${n", "--n=-1", ""}
 	if err != nil || !slices.Equal(argv, want) || len(env) != 0 {
 		t.Errorf("%q, %q, %v; expected %q", argv, env, err, want)
 	}
-	argv, _, err = p.Command(sample(map[string]int64{"n": 0, "m": 1}))
+	argv, _, err = p.Command(sample(map[string]int64{"n": 0, "m": 1}), 2)
 	want = []string{"/x", "chrysalis/demo@/models/0:00", "$n", "$", "${n", "--m", ""}
 	if err != nil || !slices.Equal(argv, want) {
 		t.Errorf("%q, %v; expected %q", argv, err, want)
@@ -245,7 +245,7 @@ func TestEngines(t *testing.T) {
 		if want := filepath.Base(filepath.Dir(path)); p.Name != want {
 			t.Errorf("%s: name %q", path, p.Name)
 		}
-		if _, _, err := p.Command(sample(nil)); err != nil {
+		if _, _, err := p.Command(sample(nil), 2); err != nil {
 			t.Error(err)
 		}
 	}
@@ -261,7 +261,7 @@ func FuzzParse(f *testing.F) {
 		if err != nil {
 			return
 		}
-		argv, env, err := p.Command(sample(nil))
+		argv, env, err := p.Command(sample(nil), 2)
 		if err != nil {
 			return // another number of models
 		}
@@ -276,7 +276,7 @@ func FuzzParse(f *testing.F) {
 			return
 		}
 		q := parse(t, again)
-		argv2, env2, _ := q.Command(sample(nil))
+		argv2, env2, _ := q.Command(sample(nil), 2)
 		if fmt.Sprint(argv, env) != fmt.Sprint(argv2, env2) {
 			t.Errorf("%q, %q once more: %q, %q", argv, env, argv2, env2)
 		}

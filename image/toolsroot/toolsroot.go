@@ -69,9 +69,12 @@ type Command struct {
 	ReadOnly  []string // host paths seen at the same path, read-only
 	ReadWrite []string // host paths seen at the same path, writable
 	Bind      []Bind   // host paths seen elsewhere
-	Devices   bool     // the host's /dev rather than a minimal one (for /dev/kvm, vfio)
+	Devices   []string // the host's device nodes, or folders of them, that it sees beside a minimal /dev
 	Offline   bool     // a network namespace without interfaces
-	Env       []string // the whole environment beside PATH, HOME and LC_ALL
+	// Privileged leaves the program the capabilities that the caller has. Any
+	// other has none, even where the caller is root.
+	Privileged bool
+	Env        []string // the whole environment beside PATH, HOME, LOGNAME and LC_ALL
 }
 
 // Bind shows a host path at another place.
@@ -81,9 +84,9 @@ type Bind struct {
 }
 
 // Cmd returns the command, ready to be started. The program sees the tree
-// read-only, its own process namespace, and of the host only what c binds. It is
-// killed when the thread that started it ends: start a long-lived one from a
-// locked thread.
+// read-only, its own process namespace, and of the host only what c names, all of
+// which must be there. It is killed when the thread that started it ends: start a
+// long-lived one from a locked thread.
 func (r *Root) Cmd(ctx context.Context, c Command) *exec.Cmd {
 	args := []string{
 		"--die-with-parent", "--unshare-pid", "--unshare-ipc", "--unshare-uts",
@@ -101,10 +104,12 @@ func (r *Root) Cmd(ctx context.Context, c Command) *exec.Cmd {
 		"--setenv", "HOME", "/root", "--setenv", "LOGNAME", "chrysalis",
 		"--setenv", "LC_ALL", "C.UTF-8",
 	}
-	if c.Devices {
-		args = append(args, "--dev-bind", "/dev", "/dev")
-	} else {
-		args = append(args, "--dev", "/dev")
+	args = append(args, "--dev", "/dev")
+	for _, path := range c.Devices {
+		args = append(args, "--dev-bind", path, path)
+	}
+	if !c.Privileged {
+		args = append(args, "--cap-drop", "ALL")
 	}
 	if c.Offline {
 		args = append(args, "--unshare-net")
