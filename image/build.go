@@ -6,8 +6,8 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"os/exec"
 	"path/filepath"
+	"time"
 
 	"chrysalis/image/toolsroot"
 )
@@ -16,7 +16,7 @@ import (
 // packages that its lock names and the Go toolchain has a say in them.
 type Builder struct {
 	Source   string   // top of the source tree
-	Mirrors  []string // tried in turn: addresses, or directories laid out like a mirror
+	Mirrors  []string // tried in turn: addresses, directories laid out like a mirror, or bundles
 	Out      string   // folder for the artefacts
 	Progress Progress
 	lock     *Lock
@@ -35,6 +35,15 @@ func (b *Builder) prepare(ctx context.Context) (err error) {
 		return err
 	}
 	if b.lock, err = ReadLock(b.Source); err != nil {
+		return err
+	}
+	// All of it first, so that nothing is built in vain.
+	for i := range b.lock.Trees {
+		if err := checkRecipe(&b.lock.Trees[i]); err != nil {
+			return err
+		}
+	}
+	if err := checkSandbox(ctx); err != nil {
 		return err
 	}
 	if b.tools, err = MakeTools(ctx, b.lock, b.Mirrors, b.Progress); err != nil {
@@ -72,8 +81,7 @@ func (b *Builder) UKI(ctx context.Context, profile string) (string, error) {
 		return "", err
 	}
 	defer removeTree(stage)
-	b.Progress("build the agent", 0, 0)
-	if err := BuildAgent(ctx, b.Source, filepath.Join(stage, "agent", "init"), name, tags); err != nil {
+	if err := b.agent(ctx, filepath.Join(stage, "agent", "init"), name, tags); err != nil {
 		return "", err
 	}
 	b.Progress("build "+name+".efi", 0, 0)
@@ -146,18 +154,7 @@ func (b *Builder) mkosi(ctx context.Context, treeName, stage, artefact string, a
 	if err != nil {
 		return "", err
 	}
-	const inside = "/build"
-	cmd := b.tools.Cmd(ctx, toolsroot.Command{
-		Args: append(append([]string{"mkosi"}, args...),
-			"--force",
-			fmt.Sprintf("--source-date-epoch=%d", tree.Epoch().Unix()),
-			"--output-directory="+inside+"/out",
-			"--workspace-directory=/var/tmp", "--package-cache-dir=/var/tmp/packages",
-			"build"),
-		Dir:     inside,
-		Bind:    []toolsroot.Bind{{Host: stage, Inside: inside, Writable: true}},
-		Offline: true, Privileged: true,
-	})
+	cmd := b.tools.Cmd(ctx, mkosiCommand(stage, tree.Epoch(), args))
 	if err := os.MkdirAll(filepath.Join(stage, "out"), 0o755); err != nil {
 		return "", err
 	}
@@ -186,17 +183,71 @@ func (b *Builder) mkosi(ctx context.Context, treeName, stage, artefact string, a
 	return path, nil
 }
 
+// mkosiCommand is one run of mkosi on a staged folder. It has no network, and sees
+// of the host that folder only.
+func mkosiCommand(stage string, epoch time.Time, args []string) toolsroot.Command {
+	const inside = "/build"
+	return toolsroot.Command{
+		Args: append(append([]string{"mkosi"}, args...),
+			"--force",
+			fmt.Sprintf("--source-date-epoch=%d", epoch.Unix()),
+			"--output-directory="+inside+"/out",
+			"--workspace-directory=/var/tmp", "--package-cache-dir=/var/tmp/packages",
+			"build"),
+		Dir:     inside,
+		Bind:    []toolsroot.Bind{{Host: stage, Inside: inside, Writable: true}},
+		Offline: true, Privileged: true,
+	}
+}
+
+// agent fetches the agent's Go modules and compiles it.
+func (b *Builder) agent(ctx context.Context, out, name, tags string) error {
+	zips, err := fetchModules(ctx, b.Source, b.lock.Go, b.Mirrors, b.Progress)
+	if err != nil {
+		return err
+	}
+	b.Progress("build the agent", 0, 0)
+	return BuildAgent(ctx, b.Source, b.lock.Go, zips, out, name, tags)
+}
+
 // BuildAgent compiles PID 1 of the named image, static and without a trace of
-// where it was built.
-func BuildAgent(ctx context.Context, source, out, name, tags string) error {
+// where it was built, from the source tree and the zips of the lock's modules, in
+// the lock's order. It has no network. Another toolchain than the lock's, or
+// another set of modules, is an error.
+func BuildAgent(ctx context.Context, source string, lock Go, zips []string, out, name, tags string) error {
+	if err := checkToolchain(ctx, source, lock); err != nil {
+		return err
+	}
+	if err := checkSums(source, lock); err != nil {
+		return err
+	}
+	// A module cache of its own: the go command does not check again what it has
+	// unpacked into the user's.
+	dir, err := os.MkdirTemp("", "chrysalis-agent-")
+	if err != nil {
+		return err
+	}
+	defer removeTree(dir)
+	proxy := filepath.Join(dir, "proxy")
+	if err := stageModules(proxy, lock, zips); err != nil {
+		return fmt.Errorf("lay out the agent's modules: %w", err)
+	}
+	env := goEnv("GOMODCACHE="+filepath.Join(dir, "cache"), "GOPROXY=file://"+proxy, "GOSUMDB=off",
+		// An index of a module cache that is used once.
+		"GODEBUG=goindex=0")
+	listed, err := agentModules(offline(ctx, append([]string{"go"}, listAgent(agentTags+","+tags)...)...), source, env)
+	if err != nil {
+		return fmt.Errorf("%w\nif go.mod has changed since the lock was made, %s", err, refreshGo)
+	}
+	if err := checkModules(listed, lock, tags == ""); err != nil {
+		return err
+	}
 	if err := os.MkdirAll(filepath.Dir(out), 0o755); err != nil {
 		return err
 	}
-	cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-buildvcs=false",
-		// HTTP/2 is a megabyte of code that nothing in the guest may speak.
-		"-tags=nethttpomithttp2,"+tags, "-ldflags=-s -w -buildid= -X main.imageName="+name, "-o", out, "./agent")
-	cmd.Dir = source
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux", "GOARCH=amd64", "GOAMD64=v1", "GOFLAGS=-mod=readonly", "GOTOOLCHAIN=local", "GOEXPERIMENT=")
+	cmd := offline(ctx, "go", "build", "-trimpath", "-buildvcs=false", "-tags="+agentTags+","+tags,
+		"-ldflags=-s -w -buildid= -X main.imageName="+name, "-o", out, "./agent")
+	cmd.Dir, cmd.Env = source, env
 	if output, err := cmd.CombinedOutput(); err != nil {
 		return fmt.Errorf("build the agent: %w\n%s", err, lastLines(string(output), 20))
 	}

@@ -63,7 +63,7 @@ func (p pool) dir(t *testing.T) string {
 	return top
 }
 
-func mirror(t *testing.T, f http.HandlerFunc) string {
+func testMirror(t *testing.T, f http.HandlerFunc) string {
 	t.Helper()
 	s := httptest.NewServer(f)
 	t.Cleanup(s.Close)
@@ -110,12 +110,12 @@ func TestFetch(t *testing.T) {
 		name    string
 		mirrors []string
 	}{
-		{"an address", []string{mirror(t, p.serve)}},
-		{"an address with a slash", []string{mirror(t, p.serve) + "/"}},
+		{"an address", []string{testMirror(t, p.serve)}},
+		{"an address with a slash", []string{testMirror(t, p.serve) + "/"}},
 		{"a folder", []string{p.dir(t)}},
-		{"the second of two", []string{mirror(t, http.NotFound), mirror(t, p.serve)}},
-		{"a folder after an address", []string{mirror(t, http.NotFound), p.dir(t)}},
-		{"an address after a folder", []string{t.TempDir(), mirror(t, p.serve)}},
+		{"the second of two", []string{testMirror(t, http.NotFound), testMirror(t, p.serve)}},
+		{"a folder after an address", []string{testMirror(t, http.NotFound), p.dir(t)}},
+		{"an address after a folder", []string{t.TempDir(), testMirror(t, p.serve)}},
 		{"one that is not there first", []string{"http://127.0.0.1:1/debian", p.dir(t)}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -193,7 +193,7 @@ func TestFetchRefuses(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			dir := cacheDir(t)
-			bad, empty := mirror(t, tt.mirror), t.TempDir()
+			bad, empty := testMirror(t, tt.mirror), t.TempDir()
 			_, err := Fetch(t.Context(), &p.tree, []string{bad, empty}, quiet)
 			if err == nil {
 				t.Fatal("it is accepted")
@@ -204,7 +204,7 @@ func TestFetchRefuses(t *testing.T) {
 				}
 			}
 			checkCache(t, dir, p, nil)
-			paths, err := Fetch(t.Context(), &p.tree, []string{bad, mirror(t, p.serve)}, quiet)
+			paths, err := Fetch(t.Context(), &p.tree, []string{bad, testMirror(t, p.serve)}, quiet)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -257,7 +257,7 @@ func TestFetchMendsTheCache(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			dir := cacheDir(t)
 			var asked atomic.Int64
-			m := mirror(t, func(w http.ResponseWriter, r *http.Request) {
+			m := testMirror(t, func(w http.ResponseWriter, r *http.Request) {
 				asked.Add(1)
 				p.serve(w, r)
 			})
@@ -285,7 +285,7 @@ func TestFetchCancelled(t *testing.T) {
 	p := samplePool(30)
 	ctx, cancel := context.WithCancel(t.Context())
 	var once sync.Once
-	stalls := mirror(t, func(w http.ResponseWriter, r *http.Request) {
+	stalls := testMirror(t, func(w http.ResponseWriter, r *http.Request) {
 		w.Write([]byte("half"))
 		w.(http.Flusher).Flush()
 		once.Do(cancel)

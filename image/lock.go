@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"cmp"
 	"crypto/sha256"
+	"encoding/base64"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -21,10 +22,24 @@ import (
 // LockName is the lock's file name, at the top of the source tree.
 const LockName = "image.lock"
 
-// Lock names every package that goes into any artefact, by content.
+// Lock names everything that goes into any artefact, by content.
 type Lock struct {
 	Version int    `json:"version"` // 1
-	Trees   []Tree `json:"trees"`   // sorted by name
+	Go      Go     `json:"go"`
+	Trees   []Tree `json:"trees"` // sorted by name
+}
+
+// Go is what the agent is compiled with and from, beside its own source.
+type Go struct {
+	Toolchain string   `json:"toolchain"` // as 'go env GOVERSION' says, "go1.26.8"
+	Modules   []Module `json:"modules"`   // sorted by path
+}
+
+// Module is one Go module of the agent's, fixed by its hash.
+type Module struct {
+	Path    string `json:"path"`
+	Version string `json:"version"`
+	Sum     string `json:"sum"` // "h1:…", as in go.sum
 }
 
 // Tree is the set of packages that one thing is made of.
@@ -56,6 +71,11 @@ var (
 	packageNameRE = regexp.MustCompile(`^[a-z0-9][a-z0-9+.-]{1,127}$`)
 	poolPathRE    = regexp.MustCompile(`^pool/[A-Za-z0-9+.~_/-]{1,300}\.deb$`)
 	sha256RE      = regexp.MustCompile(`^[0-9a-f]{64}$`)
+
+	toolchainRE     = regexp.MustCompile(`^go1\.[0-9]{1,3}(\.[0-9]{1,3}|(rc|beta)[0-9]{1,2})?$`)
+	modulePathRE    = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_~-]*(\.[A-Za-z0-9_~-]+)*(/[A-Za-z0-9_~-]+(\.[A-Za-z0-9_~-]+)*)*$`)
+	moduleVersionRE = regexp.MustCompile(`^v[0-9]+\.[0-9]+\.[0-9]+([.+-][A-Za-z0-9.+-]*)?$`)
+	moduleSumRE     = regexp.MustCompile(`^h1:[A-Za-z0-9+/]{43}=$`)
 )
 
 const maxPackageSize = 1 << 30
@@ -87,6 +107,9 @@ func ParseLock(data []byte) (*Lock, error) {
 	}
 	if lock.Version != 1 {
 		return nil, fmt.Errorf("lock version is %d, this program reads version 1", lock.Version)
+	}
+	if err := lock.Go.check(); err != nil {
+		return nil, err
 	}
 	for i, tree := range lock.Trees {
 		switch {
@@ -126,6 +149,37 @@ func ParseLock(data []byte) (*Lock, error) {
 	return &lock, nil
 }
 
+func (g *Go) check() error {
+	if !toolchainRE.MatchString(g.Toolchain) {
+		return fmt.Errorf("%q is not a Go toolchain", g.Toolchain)
+	}
+	for i, m := range g.Modules {
+		switch {
+		case !modulePathRE.MatchString(m.Path) || len(m.Path) > 200:
+			return fmt.Errorf("%q is not a Go module's path", m.Path)
+		case i > 0 && g.Modules[i-1].Path >= m.Path:
+			return fmt.Errorf("Go module %s is there twice or out of order", m.Path)
+		case !moduleVersionRE.MatchString(m.Version) || len(m.Version) > 100:
+			return fmt.Errorf("Go module %s: %q is not a version", m.Path, m.Version)
+		case m.key() == "":
+			return fmt.Errorf("Go module %s: %q is not a sum", m.Path, m.Sum)
+		}
+	}
+	return nil
+}
+
+// key is the module's sum in hexadecimal, or "" when it is none.
+func (m Module) key() string {
+	if !moduleSumRE.MatchString(m.Sum) {
+		return ""
+	}
+	sum, err := base64.StdEncoding.Strict().DecodeString(m.Sum[len("h1:"):])
+	if err != nil {
+		return ""
+	}
+	return hex.EncodeToString(sum)
+}
+
 // Encode returns the lock as text: sorted, a package a line, so that a review
 // shows what changed.
 func (l *Lock) Encode() []byte {
@@ -139,7 +193,16 @@ func (l *Lock) Encode() []byte {
 		}
 		return strings.TrimSuffix(one.String(), "\n")
 	}
-	fmt.Fprintf(&b, "{\n \"version\": %d,\n \"trees\": [", l.Version)
+	fmt.Fprintf(&b, "{\n \"version\": %d,\n \"go\": {\n  \"toolchain\": %s,\n  \"modules\": [", l.Version, line(l.Go.Toolchain))
+	modules := slices.Clone(l.Go.Modules)
+	slices.SortFunc(modules, func(a, b Module) int { return cmp.Compare(a.Path, b.Path) })
+	for i, m := range modules {
+		if i > 0 {
+			b.WriteString(",")
+		}
+		fmt.Fprintf(&b, "\n   %s", line(m))
+	}
+	b.WriteString("\n  ]\n },\n \"trees\": [")
 	for i, t := range l.Trees {
 		if i > 0 {
 			b.WriteString(",")
@@ -207,52 +270,6 @@ func (t *Tree) Key(salt string) string {
 		fmt.Fprintf(h, "%s %s\n", p.Name, p.SHA256)
 	}
 	return hex.EncodeToString(h.Sum(nil))[:16]
-}
-
-// Diff says in lines what changed from one lock to another; none when nothing
-// did.
-func Diff(before, after *Lock) []string {
-	var lines []string
-	trees := map[string]bool{}
-	for _, l := range []*Lock{before, after} {
-		for _, t := range l.Trees {
-			trees[t.Name] = true
-		}
-	}
-	names := make([]string, 0, len(trees))
-	for name := range trees {
-		names = append(names, name)
-	}
-	slices.Sort(names)
-	for _, name := range names {
-		old, _ := before.Tree(name)
-		new, _ := after.Tree(name)
-		switch {
-		case old == nil:
-			lines = append(lines, fmt.Sprintf("%s: new, %d packages", name, len(new.Packages)))
-			continue
-		case new == nil:
-			lines = append(lines, fmt.Sprintf("%s: gone", name))
-			continue
-		}
-		for _, p := range new.Packages {
-			q, err := old.Package(p.Name)
-			switch {
-			case err != nil:
-				lines = append(lines, fmt.Sprintf("%s: + %s %s", name, p.Name, p.Version))
-			case q.Version != p.Version:
-				lines = append(lines, fmt.Sprintf("%s: %s %s → %s", name, p.Name, q.Version, p.Version))
-			case q.SHA256 != p.SHA256:
-				lines = append(lines, fmt.Sprintf("%s: %s %s: same version, other content: %s → %s", name, p.Name, p.Version, q.SHA256, p.SHA256))
-			}
-		}
-		for _, p := range old.Packages {
-			if _, err := new.Package(p.Name); err != nil {
-				lines = append(lines, fmt.Sprintf("%s: - %s %s", name, p.Name, p.Version))
-			}
-		}
-	}
-	return lines
 }
 
 // WriteLock writes the lock of the source tree at dir.

@@ -16,8 +16,20 @@ const (
 	hashB = "bbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb"
 )
 
+const (
+	sumA = "h1:AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA="
+	sumB = "h1:BBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBA="
+)
+
+func sampleGo() Go {
+	return Go{Toolchain: "go1.26.8", Modules: []Module{
+		{"example.com/a.b/Mod", "v1.2.3", sumA},
+		{"golang.org/x/sys", "v0.0.0-20250316020617-2671eefd35d7+incompatible", sumB},
+	}}
+}
+
 func sampleLock() *Lock {
-	return &Lock{Version: 1, Trees: []Tree{
+	return &Lock{Version: 1, Go: sampleGo(), Trees: []Tree{
 		{
 			Name:   "image",
 			Suites: []Suite{{"trixie", time.Unix(1700000000, 0).UTC()}, {"trixie-backports", time.Unix(1700000100, 0).UTC()}},
@@ -43,6 +55,11 @@ func TestCommittedLock(t *testing.T) {
 		t.Error("it is not as Encode writes it")
 	}
 	// It names what trees.go asks for, and where.
+	for i := range lock.Trees {
+		if err := checkRecipe(&lock.Trees[i]); err != nil {
+			t.Error(err)
+		}
+	}
 	if len(lock.Trees) != len(sources) {
 		t.Errorf("%d trees, expected %d", len(lock.Trees), len(sources))
 	}
@@ -79,6 +96,13 @@ func TestCommittedLock(t *testing.T) {
 func TestEncode(t *testing.T) {
 	const want = `{
  "version": 1,
+ "go": {
+  "toolchain": "go1.26.8",
+  "modules": [
+   {"path":"example.com/a.b/Mod","version":"v1.2.3","sum":"` + sumA + `"},
+   {"path":"golang.org/x/sys","version":"v0.0.0-20250316020617-2671eefd35d7+incompatible","sum":"` + sumB + `"}
+  ]
+ },
  "trees": [
   {
    "name": "image",
@@ -104,6 +128,7 @@ func TestEncode(t *testing.T) {
 `
 	lock := sampleLock()
 	slices.Reverse(lock.Trees[0].Packages)
+	slices.Reverse(lock.Go.Modules)
 	got := string(lock.Encode())
 	if got != want {
 		t.Errorf("%s\nexpected\n%s", got, want)
@@ -170,6 +195,22 @@ func TestParseLockRefuses(t *testing.T) {
 		{"trees out of order", swap(`"name": "tools"`, `"name": "engine"`), "tree engine"},
 		{"a tree from nowhere", swap(`    {"suite":"sid","date":"2023-11-14T22:13:20Z"}`+"\n", ``), "tree tools comes from no suite"},
 		{"a date that is none", swap(`2023-11-14T22:13:20Z`, `yesterday`), "yesterday"},
+		{"no toolchain", swap(`"toolchain": "go1.26.8"`, `"toolchain": ""`), `"" is not a Go toolchain`},
+		{"a toolchain with an experiment", swap(`"go1.26.8"`, `"go1.26.8 X:rangefunc"`), `is not a Go toolchain`},
+		{"a toolchain from elsewhere", swap(`"go1.26.8"`, `"go1.26.8-vendor"`), `is not a Go toolchain`},
+		{"a module's path upwards", swap(`example.com/a.b/Mod`, `example.com/../Mod`), `"example.com/../Mod" is not`},
+		{"an absolute module's path", swap(`example.com/a.b/Mod`, `/example.com`), `is not a Go module's path`},
+		{"a module's path like an option", swap(`example.com/a.b/Mod`, `-x`), `"-x" is not`},
+		{"a module's path with white space", swap(`example.com/a.b/Mod`, `example.com/a b`), `is not a Go module's path`},
+		{"a module twice", swap(`golang.org/x/sys`, `example.com/a.b/Mod`), "Go module example.com/a.b/Mod is there twice"},
+		{"modules out of order", swap(`golang.org/x/sys`, `a.org`), "Go module a.org is there twice or out of order"},
+		{"a module's version like a branch", swap(`"v1.2.3"`, `"master"`), `Go module example.com/a.b/Mod: "master" is not a version`},
+		{"a module's version with a path", swap(`"v1.2.3"`, `"v1.2.3/../x"`), `is not a version`},
+		{"a module's sum of another kind", swap(sumA, "h2"+sumA[2:]), `Go module example.com/a.b/Mod: "h2:`},
+		{"a short module's sum", swap(sumA, "h1:AAAA"), `is not a sum`},
+		{"a module's sum with loose bits", swap(sumA, sumA[:45]+"B="), `is not a sum`},
+		{"no module's sum", swap(`,"sum":"`+sumA+`"`, ``), `"" is not a sum`},
+		{"an unknown field of a module", swap(`"version":"v1.2.3"`, `"version":"v1.2.3","replace":"x"`), `"replace"`},
 		{"a package's name like an option", swap(`"name":"g++"`, `"name":"--x"`), `tree image: "--x" is not`},
 		{"a package's name with a slash", swap(`"name":"g++"`, `"name":"g/x"`), `tree image: "g/x" is not`},
 		{"a package twice", swap(`"name":"libc6"`, `"name":"g++"`), "tree image: package g++ is there twice"},
@@ -190,14 +231,14 @@ func TestParseLockRefuses(t *testing.T) {
 		{"a size of more than 1 GiB", swap(`"size":1073741824`, `"size":1073741825`), "package libc6: a size of 1073741825 bytes"},
 		{"a size that is no integer", swap(`"size":1073741824`, `"size":1.5`), "1.5"},
 
-		{"another lock behind it", good + good, "line 25"},
-		{"a bracket behind it", good + "]", "line 25"},
-		{"a brace behind it", good + "}", "line 25"},
-		{"a field twice", swap(`"size":1,`, `"size":7,"size":1,`), "line 11"},
-		{"a field in two cases", swap(`"size":1,`, `"Size":7,"size":1,`), "line 11"},
-		{"packages out of order", strings.Join(swapped, ""), "line 11"},
+		{"another lock behind it", good + good, "line 32"},
+		{"a bracket behind it", good + "]", "line 32"},
+		{"a brace behind it", good + "}", "line 32"},
+		{"a field twice", swap(`"size":1,`, `"size":7,"size":1,`), "line 18"},
+		{"a field in two cases", swap(`"size":1,`, `"Size":7,"size":1,`), "line 18"},
+		{"packages out of order", strings.Join(swapped, ""), "line 18"},
 		{"other white space", swap(`"version": 1`, `"version":1`), "line 2"},
-		{"no final newline", strings.TrimSuffix(good, "\n"), "line 24"},
+		{"no final newline", strings.TrimSuffix(good, "\n"), "line 31"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			_, err := ParseLock([]byte(tt.data))
@@ -220,7 +261,18 @@ func TestDiff(t *testing.T) {
 		want  []string
 	}{
 		{"nothing", sampleLock(), nil},
-		{"a newer date", edit(func(l *Lock) { l.Trees[0].Suites[0].Date = time.Now() }), nil},
+		{"a newer date", edit(func(l *Lock) { l.Trees[0].Suites[0].Date = time.Unix(1700003600, 0) }),
+			[]string{"image: trixie 2023-11-14T22:13:20Z → 2023-11-14T23:13:20Z"}},
+		{"another suite", edit(func(l *Lock) { l.Trees[1].Suites[0].Name = "forky" }),
+			[]string{"tools: + forky 2023-11-14T22:13:20Z", "tools: - sid 2023-11-14T22:13:20Z"}},
+		{"another toolchain", edit(func(l *Lock) { l.Go.Toolchain = "go1.27.0" }), []string{"go: toolchain go1.26.8 → go1.27.0"}},
+		{"a newer module", edit(func(l *Lock) { l.Go.Modules[0].Version = "v1.2.4" }), []string{"go: example.com/a.b/Mod v1.2.3 → v1.2.4"}},
+		{"another module", edit(func(l *Lock) { l.Go.Modules[0].Path = "example.com/c" }),
+			[]string{"go: + example.com/c v1.2.3", "go: - example.com/a.b/Mod v1.2.3"}},
+		{"a module's other content", edit(func(l *Lock) { l.Go.Modules[0].Sum = sumB }),
+			[]string{"go: example.com/a.b/Mod v1.2.3: same version, other content: " + sumA + " → " + sumB}},
+		{"another path", edit(func(l *Lock) { l.Trees[0].Packages[1].Path = "pool/x.deb" }),
+			[]string{"image: libc6 2.43-7~deb13u1: same content, described otherwise: all pool/main/g/glibc/libc6_2.43-7~deb13u1_all.deb 1073741824 → all pool/x.deb 1073741824"}},
 		{"a new version", edit(func(l *Lock) {
 			p := &l.Trees[0].Packages[1]
 			p.Version, p.SHA256 = "2.44-1", hashA
@@ -233,10 +285,114 @@ func TestDiff(t *testing.T) {
 		{"a new tree", edit(func(l *Lock) { l.Trees = append(l.Trees, Tree{Name: "extra"}) }), []string{"extra: new, 0 packages"}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			if got := Diff(sampleLock(), tt.after); !slices.Equal(got, tt.want) {
+			var got []string
+			for _, c := range Diff(sampleLock(), tt.after) {
+				got = append(got, c.String())
+			}
+			if !slices.Equal(got, tt.want) {
 				t.Errorf("%q, expected %q", got, tt.want)
 			}
 		})
+	}
+}
+
+// An unchanged tree keeps its dates, because they are in every artefact.
+func TestRefresh(t *testing.T) {
+	hour := time.Hour
+	shift := func(l *Lock, by time.Duration) *Lock {
+		for i := range l.Trees {
+			for j := range l.Trees[i].Suites {
+				l.Trees[i].Suites[j].Date = l.Trees[i].Suites[j].Date.Add(by)
+			}
+		}
+		return l
+	}
+	before := sampleLock()
+	after, err := Refresh(before, shift(sampleLock(), hour), false)
+	if err != nil || !bytes.Equal(after.Encode(), before.Encode()) {
+		t.Errorf("only newer: %v\n%s", err, after.Encode())
+	}
+
+	resolved := shift(sampleLock(), hour)
+	resolved.Trees[0].Packages[0].Version = "4:16"
+	resolved.Go.Toolchain = "go1.27.0"
+	after, err = Refresh(before, resolved, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if after.Trees[0].Epoch() != resolved.Trees[0].Epoch() || after.Trees[1].Epoch() != before.Trees[1].Epoch() || after.Go.Toolchain != "go1.27.0" {
+		t.Errorf("one tree changed:\n%s", after.Encode())
+	}
+
+	// Older ones are refused whether anything else changes or not.
+	older := shift(sampleLock(), -hour)
+	_, err = Refresh(before, older, false)
+	for _, says := range []string{"tree image", "tree tools", "trixie-backports", "2023-11-14T21:15:00Z", "2023-11-14T22:15:00Z", "--allow-older"} {
+		if err == nil || !strings.Contains(err.Error(), says) {
+			t.Errorf("older: %v does not say %q", err, says)
+		}
+	}
+	older.Trees[0].Packages[0].Version = "4:14"
+	if after, err = Refresh(before, older, true); err != nil || after.Trees[0].Packages[0].Version != "4:14" || after.Trees[0].Epoch() != older.Trees[0].Epoch() {
+		t.Errorf("older, and allowed: %v", err)
+	}
+	if after, err = Refresh(&Lock{Version: 1}, older, false); err != nil || len(after.Trees) != 2 {
+		t.Errorf("no lock before: %v", err)
+	}
+}
+
+func TestCheckRecipe(t *testing.T) {
+	committed := func() *Tree {
+		lock, err := ReadLock("..")
+		if err != nil {
+			t.Fatal(err)
+		}
+		tree, err := lock.Tree("image")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return tree
+	}
+	for _, tt := range []struct {
+		name, says string
+		edit       func(*Tree)
+	}{
+		{"as it is", "", func(*Tree) {}},
+		{"one less", "lacks package linux-binary-" + Kernel, func(t *Tree) { t.Packages = t.Packages[1:] }},
+		{"none", "lacks package", func(t *Tree) { t.Packages = nil }},
+		{"one more", "has package vim, which its recipe does not ask for", func(t *Tree) { t.Packages = append(t.Packages, Package{Name: "vim"}) }},
+		{"another suite", "comes from [sid trixie-backports]", func(t *Tree) { t.Suites[0].Name = "sid" }},
+		{"a tree without a recipe", "", func(t *Tree) { t.Name, t.Packages = "engine/mine", nil }},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			tree := committed()
+			tt.edit(tree)
+			err := checkRecipe(tree)
+			if (err == nil) != (tt.says == "") || err != nil && !strings.Contains(err.Error(), tt.says) {
+				t.Errorf("%v, expected %q", err, tt.says)
+			}
+			if err != nil && !strings.Contains(err.Error(), "chrysalis image lock") {
+				t.Errorf("%v does not say what to do", err)
+			}
+		})
+	}
+}
+
+// A build does not begin with a lock that another part of it would refuse.
+func TestBuildRefusesAnIncompleteLock(t *testing.T) {
+	lock, err := ReadLock("..")
+	if err != nil {
+		t.Fatal(err)
+	}
+	engine := &lock.Trees[0]
+	engine.Packages = slices.DeleteFunc(engine.Packages, func(p Package) bool { return p.Name == "libllama0" })
+	source := t.TempDir()
+	if err := WriteLock(source, lock); err != nil {
+		t.Fatal(err)
+	}
+	b := &Builder{Source: source, Out: t.TempDir(), Progress: quiet}
+	if _, err := b.UKI(t.Context(), ""); err == nil || !strings.Contains(err.Error(), "lacks package libllama0") {
+		t.Errorf("%v", err)
 	}
 }
 

@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -34,19 +35,70 @@ func HostMirror(ctx context.Context) (string, error) {
 	return "", fmt.Errorf("the host's apt configuration names no Debian mirror, or 'apt-get update' never ran; give a mirror with --mirror")
 }
 
-// Resolve makes a lock of what a mirror serves now. Only indices whose
-// signature Debian's archive keys verify are used; an expired one is accepted,
-// because its date becomes the tree's snapshot time.
-func Resolve(ctx context.Context, mirror string) (*Lock, error) {
+// Resolve makes a lock of what the first mirror that works serves now, and of
+// the Go toolchain and modules that the source tree is built with. Only indices
+// whose signature Debian's archive keys verify are used; an expired one is
+// accepted, because its date becomes the tree's snapshot time.
+func Resolve(ctx context.Context, sourceDir string, mirrorNames []string, progress Progress) (*Lock, error) {
+	agent, err := ResolveGo(ctx, sourceDir)
+	if err != nil {
+		return nil, err
+	}
+	var tried []error
+	for _, name := range mirrorNames {
+		lock, err := resolveFrom(ctx, name, progress)
+		if err == nil {
+			lock.Go = agent
+			return lock, nil
+		}
+		tried = append(tried, fmt.Errorf("%s: %w", name, err))
+		if ctx.Err() != nil {
+			return nil, ctx.Err()
+		}
+	}
+	if len(tried) == 0 {
+		return nil, errors.New("there is no mirror to resolve packages from; give one with --mirror")
+	}
+	return nil, errors.Join(tried...)
+}
+
+func resolveFrom(ctx context.Context, name string, progress Progress) (*Lock, error) {
+	address, err := aptAddress(name)
+	if err != nil {
+		return nil, err
+	}
 	lock := &Lock{Version: 1}
 	for _, src := range sources {
-		tree, err := src.resolve(ctx, mirror)
+		progress("resolve "+src.tree, 0, 0)
+		tree, err := src.resolve(ctx, address)
 		if err != nil {
 			return nil, fmt.Errorf("resolve tree %s: %w", src.tree, err)
 		}
 		lock.Trees = append(lock.Trees, *tree)
 	}
 	return lock, nil
+}
+
+// aptAddress writes a mirror as a line of apt's sources takes it.
+func aptAddress(name string) (string, error) {
+	m, err := openMirror(name)
+	if err != nil {
+		return "", err
+	}
+	switch m := m.(type) {
+	case *bundle:
+		m.file.Close()
+		return "", errors.New("a bundle has packages and no signed indices; a lock is made from a mirror")
+	case dirMirror:
+		if name, err = filepath.Abs(name); err != nil {
+			return "", err
+		}
+		name = "file://" + name
+	}
+	if strings.ContainsAny(name, " \t\r\n[]#\"") {
+		return "", fmt.Errorf("apt does not take %q for a mirror", name)
+	}
+	return name, nil
 }
 
 // resolve runs the host's apt on a state of its own, so neither the host's

@@ -3,12 +3,14 @@ package image
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
+	"syscall"
 
 	"chrysalis/image/toolsroot"
 )
@@ -43,8 +45,18 @@ func MakeTools(ctx context.Context, lock *Lock, mirrors []string, progress Progr
 	if err != nil {
 		return nil, err
 	}
+	tree, err := lock.Tree("tools")
+	if err != nil {
+		return nil, err
+	}
+	if err := checkRecipe(tree); err != nil {
+		return nil, err
+	}
 	if root, err := toolsroot.Open(dir); err == nil {
 		return root, nil
+	}
+	if err := errors.Join(checkSandbox(ctx), checkSubIDs()); err != nil {
+		return nil, err
 	}
 	unlock, err := lockFile(dir + ".lock")
 	if err != nil {
@@ -55,10 +67,6 @@ func MakeTools(ctx context.Context, lock *Lock, mirrors []string, progress Progr
 		return root, nil // somebody else made it while we waited
 	}
 
-	tree, err := lock.Tree("tools")
-	if err != nil {
-		return nil, err
-	}
 	paths, err := Fetch(ctx, tree, mirrors, progress)
 	if err != nil {
 		return nil, err
@@ -102,8 +110,17 @@ func MakeTools(ctx context.Context, lock *Lock, mirrors []string, progress Progr
 		tree.Suites[0].Name, "-",
 		"deb [trusted=yes] copy://"+repo+" ./")
 	build.Env = append(os.Environ(), fmt.Sprintf("SOURCE_DATE_EPOCH=%d", tree.Epoch().Unix()), "LC_ALL=C.UTF-8")
+	if os.Geteuid() == 0 {
+		// An ordinary user's mmdebstrap needs newuidmap, which works in no namespace of
+		// ours. Its only source is the local folder in any case.
+		build.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET}
+	}
 	unpack := exec.CommandContext(ctx, "tar", "--extract", "--no-same-owner", "--preserve-permissions", "--exclude=./dev/*", "--directory="+half)
 	if err := pipe(build, unpack); err != nil {
+		return nil, err
+	}
+	// It names the local folder, which is elsewhere each time.
+	if err := os.WriteFile(filepath.Join(half, "etc/apt/sources.list"), nil, 0o644); err != nil {
 		return nil, err
 	}
 	if err := toolsroot.Seal(half); err != nil {

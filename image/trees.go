@@ -1,5 +1,11 @@
 package image
 
+import (
+	"fmt"
+	"slices"
+	"strings"
+)
+
 // A source says what a locked tree is resolved from.
 type source struct {
 	tree     string
@@ -48,4 +54,43 @@ var sources = []source{
 		},
 		closure: true,
 	},
+}
+
+// checkRecipe refuses a locked tree that is not what its recipe here asks for:
+// one that lacks a package, has one too many, or comes from other suites.
+func checkRecipe(tree *Tree) error {
+	i := slices.IndexFunc(sources, func(s source) bool { return s.tree == tree.Name })
+	if i < 0 {
+		return nil // an engine of the user's own
+	}
+	const refresh = "refresh the lock with 'chrysalis image lock', or check that lock and source are of one commit"
+	src := sources[i]
+	asked := map[string]bool{}
+	for _, want := range src.packages {
+		if strings.HasPrefix(want, "?") {
+			continue // a pattern of apt's
+		}
+		name, version, pinned := strings.Cut(want, "=")
+		asked[name] = true
+		p, err := tree.Package(name)
+		switch {
+		case err != nil:
+			return fmt.Errorf("tree %s of %s lacks package %s, which its recipe needs; %s", tree.Name, LockName, name, refresh)
+		case pinned && p.Version != version:
+			return fmt.Errorf("tree %s of %s has %s %s, and its recipe needs %s; %s", tree.Name, LockName, name, p.Version, version, refresh)
+		}
+	}
+	for _, p := range tree.Packages {
+		if !src.closure && !asked[p.Name] {
+			return fmt.Errorf("tree %s of %s has package %s, which its recipe does not ask for; %s", tree.Name, LockName, p.Name, refresh)
+		}
+	}
+	var suites []string
+	for _, s := range tree.Suites {
+		suites = append(suites, s.Name)
+	}
+	if !slices.Equal(suites, src.suites) {
+		return fmt.Errorf("tree %s of %s comes from %v, and its recipe says %v; %s", tree.Name, LockName, suites, src.suites, refresh)
+	}
+	return nil
 }

@@ -167,14 +167,15 @@ func Inspect(path string) (Info, error) {
 	if err != nil {
 		return Info{}, fmt.Errorf("inspect model disk %s: %w", path, err)
 	}
-	info, err := inspect(f, size)
+	info, err := InspectDisk(f, size)
 	if err != nil {
 		return Info{}, fmt.Errorf("inspect model disk %s: %w", path, err)
 	}
 	return info, nil
 }
 
-func inspect(r io.ReaderAt, size int64) (Info, error) {
+// InspectDisk is Inspect for the disk of size bytes in r.
+func InspectDisk(r io.ReaderAt, size int64) (Info, error) {
 	d, fsys, err := disk.OpenTree(r, size)
 	if err != nil {
 		return Info{}, err

@@ -12,14 +12,18 @@ import (
 )
 
 type imageCommands struct {
-	Build ImageBuildCmd `cmd:"" help:"Build the UKI and the engine disks from the lock."`
-	Tools ImageToolsCmd `cmd:"" help:"Make the tools root, which holds QEMU, firmware and mkosi."`
-	Lock  ImageLockCmd  `cmd:"" help:"Resolve every package anew and rewrite the lock."`
+	Build  ImageBuildCmd  `cmd:"" help:"Build the UKI and the engine disks from the lock."`
+	Tools  ImageToolsCmd  `cmd:"" help:"Make the tools root, which holds QEMU, firmware and mkosi."`
+	Lock   ImageLockCmd   `cmd:"" help:"Resolve every package anew and rewrite the lock."`
+	Bundle ImageBundleCmd `cmd:"" help:"Write everything that the lock names into one file, for --mirror."`
+
+	Inspect ImageInspectCmd `cmd:"" help:"Show what is inside a UKI or a disk."`
+	Diff    ImageDiffCmd    `cmd:"" help:"Tell why two UKIs or two disks are not the same."`
 }
 
 // mirrorFlags say where packages come from.
 type mirrorFlags struct {
-	Mirror []string `sep:"none" placeholder:"MIRROR" help:"A Debian mirror, or a directory laid out like one; repeat it for more, tried in turn (default: the host's own)."`
+	Mirror []string `sep:"none" placeholder:"MIRROR" help:"A Debian mirror's address, a directory laid out like one, or a file made by 'image bundle'; repeat it for more, tried in turn (default: the host's own mirror)."`
 }
 
 // sourceFlags are what every command needs that builds from a source tree.
@@ -28,23 +32,20 @@ type sourceFlags struct {
 	mirrorFlags
 }
 
-func (f mirrorFlags) mirrors(ctx context.Context) ([]string, error) {
+// mirrors returns where to look. A host whose apt names no mirror has none, which
+// is enough where the cache has everything.
+func (f mirrorFlags) mirrors(ctx context.Context) []string {
 	if len(f.Mirror) > 0 {
-		return f.Mirror, nil
+		return f.Mirror
 	}
-	mirror, err := image.HostMirror(ctx)
-	if err != nil {
-		return nil, err
+	if mirror, err := image.HostMirror(ctx); err == nil {
+		return []string{mirror}
 	}
-	return []string{mirror}, nil
+	return nil
 }
 
-func (f sourceFlags) builder(ctx context.Context, out string, show *steps) (*image.Builder, error) {
-	mirrors, err := f.mirrors(ctx)
-	if err != nil {
-		return nil, err
-	}
-	return &image.Builder{Source: f.Source, Mirrors: mirrors, Out: out, Progress: show.step}, nil
+func (f sourceFlags) builder(ctx context.Context, out string, show *steps) *image.Builder {
+	return &image.Builder{Source: f.Source, Mirrors: f.mirrors(ctx), Out: out, Progress: show.step}
 }
 
 // ImageBuildCmd builds what a VM boots.
@@ -60,10 +61,7 @@ type ImageBuildCmd struct {
 func (c *ImageBuildCmd) Run(ctx context.Context) error {
 	show := newSteps()
 	defer show.done()
-	b, err := c.builder(ctx, c.Out, show)
-	if err != nil {
-		return err
-	}
+	b := c.builder(ctx, c.Out, show)
 	uki, err := b.UKI(ctx, c.Profile)
 	if err != nil {
 		return err
@@ -113,15 +111,11 @@ type ImageToolsCmd struct {
 func (c *ImageToolsCmd) Run(ctx context.Context) error {
 	show := newSteps()
 	defer show.done()
-	mirrors, err := c.mirrors(ctx)
-	if err != nil {
-		return err
-	}
 	lock, err := image.ParseLock(chrysalis.ImageLock)
 	if err != nil {
 		return err
 	}
-	root, err := image.MakeTools(ctx, lock, mirrors, show.step)
+	root, err := image.MakeTools(ctx, lock, c.mirrors(ctx), show.step)
 	if err != nil {
 		return err
 	}
@@ -133,35 +127,58 @@ func (c *ImageToolsCmd) Run(ctx context.Context) error {
 // ImageLockCmd rewrites the lock.
 type ImageLockCmd struct {
 	sourceFlags
-	DryRun bool `help:"Only print what would change."`
+	GoOnly     bool `help:"Take over the Go toolchain and modules, and keep every package."`
+	AllowOlder bool `help:"Accept a mirror whose indices are older than the lock."`
+	DryRun     bool `help:"Only print what would change."`
+	JSON       bool `name:"json" help:"Print one JSON document with the changes."`
 }
 
-// Run resolves every package from the first mirror and prints the difference.
+// Run resolves everything anew, writes the lock if it changes, and prints the
+// difference.
 func (c *ImageLockCmd) Run(ctx context.Context) error {
-	mirrors, err := c.mirrors(ctx)
+	show := newSteps()
+	defer show.done()
+	changes, err := image.UpdateLock(ctx, c.Source, image.LockUpdate{
+		Mirrors: func() []string { return c.mirrors(ctx) },
+		GoOnly:  c.GoOnly, AllowOlder: c.AllowOlder, DryRun: c.DryRun, Progress: show.step,
+	})
 	if err != nil {
 		return err
 	}
-	after, err := image.Resolve(ctx, mirrors[0])
-	if err != nil {
-		return err
+	show.done()
+	if c.JSON {
+		return json.NewEncoder(os.Stdout).Encode(struct {
+			Changes []image.Change `json:"changes"`
+			Written bool           `json:"written"`
+		}{append([]image.Change{}, changes...), len(changes) > 0 && !c.DryRun})
 	}
-	path := filepath.Join(c.Source, image.LockName)
-	before := &image.Lock{}
-	if _, err := os.Stat(path); err == nil {
-		if before, err = image.ReadLock(c.Source); err != nil {
-			return err
-		}
-	}
-	changes := image.Diff(before, after)
-	for _, line := range changes {
-		fmt.Println(line)
+	for _, change := range changes {
+		fmt.Println(change)
 	}
 	if len(changes) == 0 {
 		fmt.Println("nothing changed")
 	}
-	if c.DryRun {
-		return nil
+	return nil
+}
+
+// ImageBundleCmd writes a bundle.
+type ImageBundleCmd struct {
+	sourceFlags
+	Out string `short:"o" required:"" placeholder:"FILE" help:"The file to write."`
+}
+
+// Run fetches what the cache lacks, writes the bundle and prints its hash.
+func (c *ImageBundleCmd) Run(ctx context.Context) error {
+	show := newSteps()
+	defer show.done()
+	if err := c.builder(ctx, "", show).Bundle(ctx, c.Out); err != nil {
+		return err
 	}
-	return image.WriteLock(c.Source, after)
+	show.done()
+	sum, size, err := image.HashFile(c.Out)
+	if err != nil {
+		return err
+	}
+	fmt.Printf("%s  %s  %.1f MB\n", sum, c.Out, float64(size)/1e6)
+	return nil
 }

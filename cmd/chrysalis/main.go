@@ -40,7 +40,9 @@ func main() {
 	parser.FatalIfErrorf(err)
 	k.BindTo(ctx, (*context.Context)(nil))
 	if err := k.Run(); err != nil {
-		fmt.Fprintln(os.Stderr, "chrysalis:", terminal.Clean(err.Error()))
-		os.Exit(1)
+		if text := err.Error(); text != "" {
+			fmt.Fprintln(os.Stderr, "chrysalis:", terminal.Clean(text))
+		}
+		os.Exit(exitCode(err))
 	}
 }

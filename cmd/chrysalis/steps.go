@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"sync"
+	"time"
 
 	"github.com/schollz/progressbar/v3"
 )
@@ -30,7 +31,10 @@ func (s *steps) step(what string, done, total int64) {
 		if !s.tty {
 			fmt.Fprintln(os.Stderr, what)
 		} else if total > 0 {
-			s.bar = progressbar.DefaultBytes(total, what)
+			s.bar = progressbar.NewOptions64(total, progressbar.OptionSetDescription(what),
+				progressbar.OptionSetWriter(os.Stderr), progressbar.OptionShowBytes(true), progressbar.OptionShowCount(),
+				progressbar.OptionSetWidth(20), progressbar.OptionThrottle(100*time.Millisecond),
+				progressbar.OptionUseANSICodes(true), progressbar.OptionClearOnFinish())
 		} else {
 			s.bar = progressbar.NewOptions(-1, progressbar.OptionSetDescription(what),
 				progressbar.OptionSetWriter(os.Stderr), progressbar.OptionSpinnerType(14))
