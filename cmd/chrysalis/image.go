@@ -9,6 +9,8 @@ import (
 
 	"chrysalis"
 	"chrysalis/image"
+	"chrysalis/image/provenance"
+	"chrysalis/terminal"
 )
 
 type imageCommands struct {
@@ -16,9 +18,12 @@ type imageCommands struct {
 	Tools  ImageToolsCmd  `cmd:"" help:"Make the tools root, which holds QEMU, firmware and mkosi."`
 	Lock   ImageLockCmd   `cmd:"" help:"Resolve every package anew and rewrite the lock."`
 	Bundle ImageBundleCmd `cmd:"" help:"Write everything that the lock names into one file, for --mirror."`
+	Export ImageExportCmd `cmd:"" help:"Write image, engine, models and manifest onto one disk that boots by itself."`
 
 	Inspect ImageInspectCmd `cmd:"" help:"Show what is inside a UKI or a disk."`
 	Diff    ImageDiffCmd    `cmd:"" help:"Tell why two UKIs or two disks are not the same."`
+
+	VerifyProvenance ImageVerifyProvenanceCmd `cmd:"" help:"Check a provenance statement against the files beside it."`
 }
 
 // mirrorFlags say where packages come from.
@@ -55,26 +60,36 @@ type ImageBuildCmd struct {
 	Profile string   `placeholder:"NAME" help:"Build the image of a profile under mkosi.profiles, such as debug."`
 	Engine  []string `default:"llama.cpp" sep:"none" placeholder:"NAME" help:"An engine under image/engines; repeat it for more (default: ${default})."`
 	JSON    bool     `name:"json" help:"Print one JSON document with the artefacts."`
+
+	AllowDirty bool `help:"Write a provenance statement even if the source tree is not as in its commit; it says so."`
 }
 
-// Run builds and prints where the artefacts are.
+// Run builds, writes SBOMs and provenance beside the artefacts, and prints where
+// these are.
 func (c *ImageBuildCmd) Run(ctx context.Context) error {
 	show := newSteps()
 	defer show.done()
-	b := c.builder(ctx, c.Out, show)
-	uki, err := b.UKI(ctx, c.Profile)
+	p, err := provenance.NewParameters(c.Profile, c.Engine)
 	if err != nil {
 		return err
 	}
-	artefacts := []string{uki}
-	for _, name := range c.Engine {
-		disk, err := b.Engine(ctx, name)
-		if err != nil {
-			return err
-		}
-		artefacts = append(artefacts, disk)
+	source, reason := c.provenanceSource(ctx)
+	made, err := provenance.Make(ctx, c.builder(ctx, c.Out, show), p)
+	if err != nil {
+		return err
+	}
+	statement, refused, err := c.writeProvenance(ctx, made, source, reason)
+	if err != nil {
+		return err
 	}
 	show.done()
+	if refused != nil {
+		fmt.Fprintln(os.Stderr, "no provenance is written:", terminal.Clean(refused.Error()))
+	}
+	var artefacts []string
+	for _, name := range p.Artefacts() {
+		artefacts = append(artefacts, filepath.Join(c.Out, name))
+	}
 	type artefact struct {
 		Path   string `json:"path"`
 		Size   int64  `json:"size"`
@@ -86,18 +101,16 @@ func (c *ImageBuildCmd) Run(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		if here, err := os.Getwd(); err == nil {
-			if rel, err := filepath.Rel(here, path); err == nil && filepath.IsLocal(rel) {
-				path = rel
-			}
-		}
 		list = append(list, artefact{path, size, sum})
 	}
 	if c.JSON {
-		return json.NewEncoder(os.Stdout).Encode(map[string]any{"artefacts": list})
+		return json.NewEncoder(os.Stdout).Encode(map[string]any{"artefacts": list, "provenance": statement})
 	}
 	for _, a := range list {
 		fmt.Printf("%s  %s  %.1f MB\n", a.SHA256, a.Path, float64(a.Size)/1e6)
+	}
+	if statement != "" {
+		fmt.Println("provenance:", statement)
 	}
 	return nil
 }

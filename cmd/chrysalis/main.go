@@ -22,11 +22,14 @@ type cli struct {
 
 	Image imageCommands `cmd:"" help:"Build what a VM boots."`
 	Model modelCommands `cmd:"" help:"Make and look at model disks."`
+	Audit AuditCmd      `cmd:"" help:"Build a release again and tell whether it is the same."`
 
 	Supervise SuperviseCmd `cmd:"" hidden:""`
 }
 
 func main() {
+	// What is built does not depend on the caller's umask; what is private says so.
+	syscall.Umask(0o022)
 	var c cli
 	parser := kong.Must(&c,
 		kong.Name("chrysalis"),

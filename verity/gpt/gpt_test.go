@@ -258,6 +258,32 @@ func TestManifestDisk(t *testing.T) {
 	}
 }
 
+// A manifest may share its disk with partitions of other types.
+func TestManifestBesideOthers(t *testing.T) {
+	part, entry, err := ManifestPartition([]byte("{}"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	table := sample()
+	for i := range table.Partitions {
+		table.Partitions[i].Type[0] ^= 1
+	}
+	last := table.Partitions[len(table.Partitions)-1]
+	entry.Offset = (last.Offset + last.Size + Alignment - 1) / Alignment * Alignment
+	table.Partitions = append(table.Partitions, entry)
+	size := DiskSize(entry.Offset + entry.Size)
+	var m memory
+	if _, err := m.WriteAt(part, entry.Offset); err != nil {
+		t.Fatal(err)
+	}
+	if err := Write(&m, table, size); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := ReadManifestDisk(bytes.NewReader(m), size); err != nil || string(got) != "{}" {
+		t.Errorf("got %q, %v", got, err)
+	}
+}
+
 func TestReadManifestDiskRefuses(t *testing.T) {
 	const at = manifestOffset
 	for _, tt := range []struct {
@@ -266,7 +292,7 @@ func TestReadManifestDiskRefuses(t *testing.T) {
 	}{
 		{"no table", func(m memory) { m[SectorSize] = 0 }},
 		{"another type", func(m memory) { m[2*SectorSize] ^= 1; fix(m) }},
-		{"two partitions", func(m memory) {
+		{"two manifest partitions", func(m memory) {
 			e := m[2*SectorSize:]
 			copy(e[entrySize:], e[:entrySize])
 			e[entrySize+16] ^= 1

@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"io"
+	"slices"
 )
 
 // ManifestType is the partition type "Chrysalis manifest". It is a random
@@ -28,52 +29,62 @@ const (
 	manifestOffset  = 1 << 20
 )
 
-// WriteManifestDisk writes a whole disk image whose only partition carries
-// the manifest, 1 to MaxManifest bytes, and returns the image's size in
-// bytes. The same manifest gives the same image: both GUIDs are taken from
-// the manifest's SHA-256. w should be empty, for the gaps are not written.
-func WriteManifestDisk(w io.WriterAt, manifest []byte) (int64, error) {
+// ManifestPartition returns the content of the partition that carries a
+// manifest, 1 to MaxManifest bytes, and its entry in a table, in which the
+// caller sets the offset. The UUID is taken from the manifest's SHA-256.
+func ManifestPartition(manifest []byte) ([]byte, Partition, error) {
 	if len(manifest) == 0 || len(manifest) > MaxManifest {
-		return 0, fmt.Errorf("write manifest disk: a manifest of %d bytes; 1 to %d are allowed", len(manifest), MaxManifest)
+		return nil, Partition{}, fmt.Errorf("a manifest of %d bytes; 1 to %d are allowed", len(manifest), MaxManifest)
 	}
 	part := make([]byte, manifestPartition(len(manifest)))
 	copy(part, manifestMagic)
 	binary.LittleEndian.PutUint32(part[8:], manifestVersion)
 	binary.LittleEndian.PutUint32(part[12:], uint32(len(manifest)))
 	copy(part[manifestHeader:], manifest)
-	if _, err := w.WriteAt(part, manifestOffset); err != nil {
+	sum := sha256.Sum256(manifest)
+	return part, Partition{
+		Type:       ManifestType,
+		UUID:       GUID(sum[:16]),
+		Size:       int64(len(part)),
+		Name:       "chrysalis-manifest",
+		Attributes: ReadOnly,
+	}, nil
+}
+
+// WriteManifestDisk writes a whole disk image whose only partition carries
+// the manifest, 1 to MaxManifest bytes, and returns the image's size in
+// bytes. The same manifest gives the same image: both GUIDs are taken from
+// the manifest's SHA-256. w should be empty, for the gaps are not written.
+func WriteManifestDisk(w io.WriterAt, manifest []byte) (int64, error) {
+	part, entry, err := ManifestPartition(manifest)
+	if err != nil {
 		return 0, fmt.Errorf("write manifest disk: %w", err)
 	}
-
+	entry.Offset = manifestOffset
+	if _, err := w.WriteAt(part, entry.Offset); err != nil {
+		return 0, fmt.Errorf("write manifest disk: %w", err)
+	}
 	sum := sha256.Sum256(manifest)
-	size := DiskSize(manifestOffset + int64(len(part)))
-	return size, Write(w, Table{
-		Disk: GUID(sum[16:]),
-		Partitions: []Partition{{
-			Type:       ManifestType,
-			UUID:       GUID(sum[:16]),
-			Offset:     manifestOffset,
-			Size:       int64(len(part)),
-			Name:       "chrysalis-manifest",
-			Attributes: ReadOnly,
-		}},
-	}, size)
+	size := DiskSize(entry.Offset + entry.Size)
+	return size, Write(w, Table{Disk: GUID(sum[16:]), Partitions: []Partition{entry}}, size)
 }
 
 // ReadManifestDisk returns the manifest that a disk of size bytes carries.
-// The disk has exactly one partition, of ManifestType; its header, length and
-// zero padding must be just as WriteManifestDisk writes them. Anything else
-// wraps ErrInvalid, so that a caller can look at the next disk; a failing
-// read of the disk does not. The manifest itself is not looked at.
+// The disk has exactly one partition of ManifestType, and any others beside
+// it; the header, length and zero padding must be just as WriteManifestDisk
+// writes them. Anything else wraps ErrInvalid, so that a caller can look at the
+// next disk; a failing read of the disk does not. The manifest itself is not
+// looked at.
 func ReadManifestDisk(r io.ReaderAt, size int64) ([]byte, error) {
 	t, err := Read(r, size)
 	if err != nil {
 		return nil, fmt.Errorf("read manifest disk: %w", err)
 	}
-	if len(t.Partitions) != 1 || t.Partitions[0].Type != ManifestType {
-		return nil, fmt.Errorf("read manifest disk: %w: not a single manifest partition", ErrInvalid)
+	manifests := slices.DeleteFunc(t.Partitions, func(p Partition) bool { return p.Type != ManifestType })
+	if len(manifests) != 1 {
+		return nil, fmt.Errorf("read manifest disk: %w: %d manifest partitions, expected one", ErrInvalid, len(manifests))
 	}
-	p := t.Partitions[0]
+	p := manifests[0]
 	if p.Size > manifestPartition(MaxManifest) {
 		return nil, fmt.Errorf("read manifest disk: %w: partition of %d bytes", ErrInvalid, p.Size)
 	}

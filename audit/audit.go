@@ -1,0 +1,327 @@
+// Package audit builds a release again and says whether it is what its
+// provenance claims.
+//
+// Nothing in a release is believed. It names a commit; the auditor checks that
+// commit out and reads it, and everything is built from that working tree. What
+// the audit shows is that the release is what this source makes on this machine,
+// bit for bit. Whether the source does what it should is for the reader.
+package audit
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"chrysalis/image"
+	"chrysalis/image/inspect"
+	"chrysalis/image/provenance"
+)
+
+// BundleName is what a release calls its bundle, if it has one.
+const BundleName = "chrysalis.bundle"
+
+// Bounds of what is read of a release at once.
+const (
+	maxFiles = 64
+	maxLock  = 4 << 20 // bytes
+	maxText  = 8 << 20 // bytes
+)
+
+// An Auditor audits releases against a source tree.
+type Auditor struct {
+	Source string // top of the working tree
+	// Build builds what the parameters ask for, from the source tree into a folder,
+	// with an SBOM beside each artefact.
+	Build func(ctx context.Context, dir string, p provenance.Parameters) (provenance.Build, error)
+	// Bundle writes the bundle of the source tree's lock.
+	Bundle func(ctx context.Context, path string) error
+}
+
+// A Report is what an audit found. Its JSON form is part of the command line's
+// interface.
+type Report struct {
+	OK     bool               `json:"ok"` // every check that could be made holds, and there is a build
+	Commit string             `json:"commit"`
+	Checks []provenance.Check `json:"checks"`
+}
+
+// A release is a folder with one build's files.
+type release struct {
+	dir       string
+	statement *provenance.Statement
+	lock      *image.Lock
+	bundle    bool
+}
+
+// Audit checks the release in a folder. An error means that the folder is no
+// release or that nothing could be built; what does not hold is in the report.
+func (a *Auditor) Audit(ctx context.Context, dir string) (*Report, error) {
+	rel, err := openRelease(dir)
+	if err != nil {
+		return nil, err
+	}
+	r := &Report{}
+	r.Commit, _ = rel.statement.Commit()
+	if r.Checks, err = rel.statement.CheckFiles(dir); err != nil {
+		return nil, err
+	}
+	r.add(rel.statement.CheckLock(rel.lock, "the one that the provenance names"))
+	sameSource, err := a.checkSource(ctx, r, rel)
+	if err != nil {
+		return nil, err
+	}
+	if err := a.rebuild(ctx, r, rel, sameSource); err != nil {
+		return nil, err
+	}
+	r.add(provenance.Check{What: "measurement record", Result: provenance.None, Detail: "no record in the release"})
+	r.OK = provenance.Passed(r.Checks)
+	return r, nil
+}
+
+func (r *Report) add(c provenance.Check) { r.Checks = append(r.Checks, c) }
+
+// check adds a check that passes where there is no detail.
+func (r *Report) check(what, detail string) bool {
+	c := provenance.Check{What: what, Result: provenance.Pass, Detail: detail}
+	if detail != "" {
+		c.Result = provenance.Fail
+	}
+	r.add(c)
+	return detail == ""
+}
+
+// openRelease reads what a folder says it is. A file too many or too few is an
+// error: nobody would look at it, or nothing stand for it.
+func openRelease(dir string) (*release, error) {
+	folder, err := os.Open(dir)
+	if err != nil {
+		return nil, fmt.Errorf("open the release: %w", err)
+	}
+	defer folder.Close()
+	entries, err := folder.ReadDir(maxFiles + 1)
+	if err != nil && !errors.Is(err, io.EOF) {
+		return nil, fmt.Errorf("read the release: %w; give the folder that holds its files", err)
+	}
+	if len(entries) > maxFiles {
+		return nil, fmt.Errorf("%s has more than %d files and is no release", dir, maxFiles)
+	}
+	var names, statements []string
+	for _, e := range entries {
+		if !e.Type().IsRegular() {
+			return nil, fmt.Errorf("%s is not a regular file, and a release has no others", filepath.Join(dir, e.Name()))
+		}
+		names = append(names, e.Name())
+		if strings.HasSuffix(e.Name(), provenance.StatementSuffix) {
+			statements = append(statements, e.Name())
+		}
+	}
+	slices.Sort(names)
+	if len(statements) != 1 {
+		return nil, fmt.Errorf("%s has %d files *%s, and a release has one", dir, len(statements), provenance.StatementSuffix)
+	}
+	rel := &release{dir: dir}
+	if rel.statement, err = provenance.ReadStatement(filepath.Join(dir, statements[0])); err != nil {
+		return nil, err
+	}
+	p := rel.statement.Parameters()
+	want := append(p.Subjects(), p.Statement(), image.LockName)
+	for _, name := range want {
+		if !slices.Contains(names, name) {
+			return nil, fmt.Errorf("the release lacks %s, which its provenance calls for", name)
+		}
+	}
+	for _, name := range names {
+		if name == BundleName {
+			rel.bundle = true
+		} else if !slices.Contains(want, name) {
+			return nil, fmt.Errorf("the release has %s, which its provenance does not name; take it out, or ask the publisher what it is", filepath.Join(dir, name))
+		}
+	}
+	data, err := readBounded(filepath.Join(dir, image.LockName), maxLock)
+	if err != nil {
+		return nil, err
+	}
+	if rel.lock, err = image.ParseLock(data); err != nil {
+		return nil, fmt.Errorf("%s: %w", filepath.Join(dir, image.LockName), err)
+	}
+	return rel, nil
+}
+
+// checkSource compares the working tree with what the release says it was built
+// from.
+func (a *Auditor) checkSource(ctx context.Context, r *Report, rel *release) (bool, error) {
+	source, err := provenance.ReadSource(ctx, a.Source)
+	if err != nil {
+		return false, fmt.Errorf("%w; audit in a clone of the repository", err)
+	}
+	commit, dirty := rel.statement.Commit()
+	detail := ""
+	if dirty {
+		detail = "its provenance says that it was built from files that are not those of the commit: nobody can build it again"
+	}
+	same := r.check("release is built from a commit as it is", detail)
+	detail = ""
+	if source.Commit != commit {
+		detail = fmt.Sprintf("the working tree is at %s; check the release's commit out with 'git -C %s checkout --detach %s' (after 'git fetch', if git does not know it), read it, and build the audit from it", source.Commit, a.Source, commit)
+	}
+	same = r.check("working tree is at the release's commit", detail) && same
+	detail = ""
+	if source.Dirty() {
+		detail = fmt.Sprintf("not as in the commit: %s; move such files away, or audit in a fresh clone", strings.Join(source.Changed, ", "))
+	}
+	same = r.check("working tree has nothing but the commit", detail) && same
+	lock, err := image.ReadLock(a.Source)
+	if err != nil {
+		return false, err
+	}
+	detail = ""
+	if changes := image.Diff(lock, rel.lock); !bytes.Equal(lock.Encode(), rel.lock.Encode()) {
+		detail = fmt.Sprintf("%d changes from the working tree's to the release's", len(changes))
+		if len(changes) > 0 {
+			detail += fmt.Sprintf(", the first: %s", changes[0])
+		}
+	}
+	return r.check(image.LockName+" is the working tree's", detail) && same, nil
+}
+
+// rebuild builds all that the release has and compares it.
+func (a *Auditor) rebuild(ctx context.Context, r *Report, rel *release, sameSource bool) error {
+	p := rel.statement.Parameters()
+	what := func(name string) string { return name + " is what the working tree makes" }
+	if !sameSource {
+		names := p.Subjects()
+		if rel.bundle {
+			names = append(names, BundleName)
+		}
+		for _, name := range names {
+			r.add(provenance.Check{What: what(name), Result: provenance.None, Detail: "not built: the source is another"})
+		}
+		return nil
+	}
+	dir, err := os.MkdirTemp("", "chrysalis-audit-")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(dir)
+	made, err := a.Build(ctx, dir, p)
+	if err != nil {
+		return fmt.Errorf("build the release again: %w", err)
+	}
+	detail := ""
+	if is := rel.statement.Predicate.RunDetails.Builder.Version.Tools; is != made.Tools {
+		detail = fmt.Sprintf("the release's is %s, the working tree's %s", is, made.Tools)
+	}
+	r.check("tools root is the working tree's", detail)
+	for _, name := range p.Subjects() {
+		c, err := compare(ctx, what(name), filepath.Join(rel.dir, name), filepath.Join(dir, name))
+		if err != nil {
+			return err
+		}
+		r.add(c)
+	}
+	if rel.bundle {
+		path := filepath.Join(dir, BundleName)
+		if err := a.Bundle(ctx, path); err != nil {
+			return fmt.Errorf("make the bundle again: %w", err)
+		}
+		c, err := compare(ctx, what(BundleName), filepath.Join(rel.dir, BundleName), path)
+		if err != nil {
+			return err
+		}
+		r.add(c)
+	}
+	after, err := provenance.ReadSource(ctx, a.Source)
+	if err != nil {
+		return err
+	}
+	detail = ""
+	if commit, _ := rel.statement.Commit(); after.Commit != commit || after.Dirty() {
+		detail = "it changed while the release was built again; repeat the audit"
+	}
+	r.check("working tree stayed as it was", detail)
+	return nil
+}
+
+// compare says whether two files are the same and, if not, why.
+func compare(ctx context.Context, what, released, made string) (provenance.Check, error) {
+	c := provenance.Check{What: what, Result: provenance.Pass}
+	a, _, errA := image.HashFile(released)
+	b, _, errB := image.HashFile(made)
+	if err := errors.Join(errA, errB); err != nil {
+		return c, err
+	}
+	if a == b {
+		return c, nil
+	}
+	c.Result, c.Detail = provenance.Fail, fmt.Sprintf("the release's SHA-256 is %s, the rebuilt one's %s", a, b)
+	switch name := filepath.Base(released); {
+	case strings.HasSuffix(name, provenance.SBOMSuffix):
+		line, err := textDifference(released, made)
+		if err != nil {
+			return c, err
+		}
+		c.Detail += "; " + line
+	case name != BundleName:
+		// A release that cannot be read as what it should be is no reason to stop.
+		found, err := inspect.Diff(ctx, released, made, false)
+		if ctx.Err() != nil {
+			return c, ctx.Err()
+		}
+		if err != nil {
+			c.Detail += fmt.Sprintf("; no more can be told: %v", err)
+		}
+		c.Differences = found
+	}
+	return c, nil
+}
+
+// textDifference names the first line in which two texts differ.
+func textDifference(a, b string) (string, error) {
+	x, errX := readBounded(a, maxText)
+	y, errY := readBounded(b, maxText)
+	if err := errors.Join(errX, errY); err != nil {
+		return err.Error(), nil
+	}
+	left, right := bufio.NewReader(bytes.NewReader(x)), bufio.NewReader(bytes.NewReader(y))
+	for n := 1; ; n++ {
+		one, errOne := left.ReadString('\n')
+		other, errOther := right.ReadString('\n')
+		if one != other {
+			return fmt.Sprintf("line %d is %s in the release, %s in the rebuilt one", n, excerpt(one), excerpt(other)), nil
+		}
+		if errOne != nil || errOther != nil {
+			return "", errors.New("two texts changed while they were compared")
+		}
+	}
+}
+
+func excerpt(line string) string {
+	line = strings.TrimSpace(line)
+	if len(line) > 120 {
+		line = line[:120] + "…"
+	}
+	return fmt.Sprintf("%q", line)
+}
+
+func readBounded(path string, limit int64) ([]byte, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	data, err := io.ReadAll(io.LimitReader(f, limit+1))
+	if err != nil {
+		return nil, err
+	}
+	if int64(len(data)) > limit {
+		return nil, fmt.Errorf("%s is larger than %d bytes", path, limit)
+	}
+	return data, nil
+}

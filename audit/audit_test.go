@@ -1,0 +1,359 @@
+package audit_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"chrysalis/audit"
+	"chrysalis/image"
+	"chrysalis/image/imagetest"
+	"chrysalis/image/provenance"
+)
+
+const tools = "0123456789abcdef"
+
+func lock() *image.Lock {
+	suites := []image.Suite{{Name: "sid", Date: time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)}}
+	pkg := image.Package{Name: "libc6", Version: "1", Arch: "amd64", Path: "pool/main/g/libc6.deb", Size: 1, SHA256: strings.Repeat("a", 64)}
+	return &image.Lock{
+		Version: 1, Go: image.Go{Toolchain: "go1.26.8"},
+		Trees: []image.Tree{
+			{Name: "engine/llama.cpp", Suites: suites, Packages: []image.Package{pkg}},
+			{Name: "image", Suites: suites, Packages: []image.Package{pkg}},
+		},
+	}
+}
+
+// fake builds artefacts that are only their names.
+func fake(_ context.Context, dir string, p provenance.Parameters) (provenance.Build, error) {
+	for _, name := range p.Artefacts() {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte("MZ "+name), 0o644); err != nil {
+			return provenance.Build{}, err
+		}
+	}
+	b := provenance.Build{Parameters: p, Lock: lock(), Tools: tools}
+	return b, b.WriteSBOMs(dir)
+}
+
+func fakeBundle(_ context.Context, path string) error {
+	return os.WriteFile(path, []byte("bundle"), 0o644)
+}
+
+func git(t *testing.T, dir string, args ...string) {
+	t.Helper()
+	cmd := exec.Command("git", append([]string{"-C", dir, "-c", "user.name=t", "-c", "user.email=t@localhost", "-c", "commit.gpgSign=false"}, args...)...)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("git %v: %v\n%s", args, err, out)
+	}
+}
+
+func write(t *testing.T, path, text string) {
+	t.Helper()
+	if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// commit makes the folder a checkout of one commit of all that is in it.
+func commit(t *testing.T, dir string) provenance.Source {
+	t.Helper()
+	git(t, dir, "init", "-q")
+	git(t, dir, "add", "-A", "-f")
+	git(t, dir, "commit", "-qm", "all")
+	source, err := provenance.ReadSource(t.Context(), dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return source
+}
+
+// publish makes a release with a build from a source tree in that state.
+func publish(t *testing.T, dir string, source provenance.Source, b func(context.Context, string, provenance.Parameters) (provenance.Build, error)) {
+	t.Helper()
+	p, err := provenance.NewParameters("", []string{"llama.cpp"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	made, err := b(t.Context(), dir, p)
+	if err != nil {
+		t.Fatal(err)
+	}
+	made.Source = source
+	if _, err := made.WriteStatement(dir); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// world is a release, and the source tree that it is from.
+type world struct {
+	release, source string
+	auditor         audit.Auditor
+}
+
+func newWorld(t *testing.T) *world {
+	t.Helper()
+	if _, err := exec.LookPath("git"); err != nil {
+		t.Skip(err)
+	}
+	w := &world{release: t.TempDir(), source: t.TempDir()}
+	w.auditor = audit.Auditor{Source: w.source, Build: fake, Bundle: fakeBundle}
+	write(t, filepath.Join(w.source, image.LockName), string(lock().Encode()))
+	publish(t, w.release, commit(t, w.source), fake)
+	return w
+}
+
+func (w *world) file(name string) string { return filepath.Join(w.release, name) }
+
+// failures are the checks that fail, with what is said about them.
+func failures(r *audit.Report) (text []string) {
+	for _, c := range r.Checks {
+		if c.Result == provenance.Fail {
+			line := c.What + ": " + c.Detail
+			for _, d := range c.Differences {
+				line += "; " + d.String()
+			}
+			text = append(text, line)
+		}
+	}
+	return text
+}
+
+func TestAudit(t *testing.T) {
+	w := newWorld(t)
+	write(t, w.file(audit.BundleName), "bundle")
+	r, err := w.auditor.Audit(t.Context(), w.release)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !r.OK || len(failures(r)) != 0 || len(r.Commit) != 40 {
+		t.Errorf("%+v", r)
+	}
+	last := r.Checks[len(r.Checks)-1]
+	if last.Result != provenance.None || last.Detail != "no record in the release" {
+		t.Errorf("about a record it says %+v", last)
+	}
+}
+
+// What a release or a source tree can say that is not so, each with the first
+// check that must fail.
+func TestAuditFails(t *testing.T) {
+	for _, c := range []struct {
+		name   string
+		change func(t *testing.T, w *world)
+		want   string
+	}{
+		{"artefact altered after the build", func(t *testing.T, w *world) {
+			write(t, w.file("chrysalis.efi"), "MZ other")
+		}, "chrysalis.efi is what the provenance names: its SHA-256"},
+		{"artefact altered before", func(t *testing.T, w *world) {
+			source, _ := provenance.ReadSource(t.Context(), w.source)
+			publish(t, w.release, source, func(ctx context.Context, dir string, p provenance.Parameters) (provenance.Build, error) {
+				b, err := fake(ctx, dir, p)
+				write(t, filepath.Join(dir, "llama.cpp.disk"), "MZ other")
+				return b, errors.Join(err, b.WriteSBOMs(dir))
+			})
+		}, "llama.cpp.disk is what the working tree makes: the release's SHA-256"},
+		{"SBOM that keeps something back", func(t *testing.T, w *world) {
+			source, _ := provenance.ReadSource(t.Context(), w.source)
+			publish(t, w.release, source, func(ctx context.Context, dir string, p provenance.Parameters) (provenance.Build, error) {
+				b, err := fake(ctx, dir, p)
+				name := filepath.Join(dir, "chrysalis.efi.cdx.json")
+				sbom, _ := os.ReadFile(name)
+				write(t, name, strings.ReplaceAll(string(sbom), "libc6", "libc7"))
+				return b, err
+			})
+		}, "chrysalis.efi.cdx.json is what the working tree makes: "},
+		{"other tools root", func(t *testing.T, w *world) {
+			w.auditor.Build = func(ctx context.Context, dir string, p provenance.Parameters) (provenance.Build, error) {
+				b, err := fake(ctx, dir, p)
+				b.Tools = "fedcba9876543210"
+				return b, err
+			}
+		}, "tools root is the working tree's: the release's is 0123456789abcdef"},
+		{"other bundle", func(t *testing.T, w *world) { write(t, w.file(audit.BundleName), "bungle") },
+			audit.BundleName + " is what the working tree makes: "},
+		{"working tree at another commit", func(t *testing.T, w *world) {
+			git(t, w.source, "commit", "-q", "--allow-empty", "-m", "more")
+			w.auditor.Build = nil // must not be asked
+		}, "working tree is at the release's commit: the working tree is at "},
+		{"working tree with changes", func(t *testing.T, w *world) {
+			write(t, filepath.Join(w.source, "agent.go"), "")
+			w.auditor.Build = nil
+		}, "working tree has nothing but the commit: not as in the commit: agent.go"},
+		{"working tree that changes meanwhile", func(t *testing.T, w *world) {
+			w.auditor.Build = func(ctx context.Context, dir string, p provenance.Parameters) (provenance.Build, error) {
+				write(t, filepath.Join(w.source, "agent.go"), "")
+				return fake(ctx, dir, p)
+			}
+		}, "working tree stayed as it was: it changed"},
+		{"release from files that no commit has", func(t *testing.T, w *world) {
+			source, _ := provenance.ReadSource(t.Context(), w.source)
+			source.Changed = []string{"agent.go"}
+			publish(t, w.release, source, fake)
+			w.auditor.Build = nil
+		}, "release is built from a commit as it is: "},
+		{"lock of another commit", func(t *testing.T, w *world) {
+			other := lock()
+			other.Trees[0].Packages[0].Version = "2"
+			write(t, w.file(image.LockName), string(other.Encode()))
+			w.auditor.Build = nil
+		}, "image.lock is the one that the provenance names: "},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			w := newWorld(t)
+			c.change(t, w)
+			r, err := w.auditor.Audit(t.Context(), w.release)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got := failures(r); r.OK || len(got) == 0 || !strings.HasPrefix(got[0], c.want) {
+				t.Errorf("OK is %v, and these fail: %q; want %q", r.OK, got, c.want)
+			}
+		})
+	}
+}
+
+// What is no release at all.
+func TestAuditRefuses(t *testing.T) {
+	for _, c := range []struct {
+		name   string
+		change func(t *testing.T, w *world)
+		want   string
+	}{
+		{"no folder", func(t *testing.T, w *world) { os.RemoveAll(w.release) }, "open the release"},
+		{"artefact missing", func(t *testing.T, w *world) { os.Remove(w.file("llama.cpp.disk")) }, "lacks llama.cpp.disk"},
+		{"SBOM missing", func(t *testing.T, w *world) { os.Remove(w.file("llama.cpp.disk.cdx.json")) }, "lacks llama.cpp.disk.cdx.json"},
+		{"lock missing", func(t *testing.T, w *world) { os.Remove(w.file(image.LockName)) }, "lacks image.lock"},
+		{"provenance missing", func(t *testing.T, w *world) { os.Remove(w.file("chrysalis.provenance.json")) }, "has 0 files"},
+		{"two provenances", func(t *testing.T, w *world) { write(t, w.file("x.provenance.json"), "") }, "has 2 files"},
+		{"provenance of another name", func(t *testing.T, w *world) {
+			os.Rename(w.file("chrysalis.provenance.json"), w.file("x.provenance.json"))
+		}, "lacks chrysalis.provenance.json"},
+		{"file too many", func(t *testing.T, w *world) { write(t, w.file("README"), "trust me") }, "which its provenance does not name"},
+		{"hidden file", func(t *testing.T, w *world) { write(t, w.file(".x"), "") }, "which its provenance does not name"},
+		{"very many files", func(t *testing.T, w *world) {
+			for i := range 70 {
+				write(t, w.file(strings.Repeat("x", i+1)), "")
+			}
+		}, "more than 64 files"},
+		{"folder in it", func(t *testing.T, w *world) { os.Mkdir(w.file("more"), 0o755) }, "not a regular file"},
+		{"link in it", func(t *testing.T, w *world) {
+			os.Remove(w.file("llama.cpp.disk"))
+			os.Symlink("/dev/zero", w.file("llama.cpp.disk"))
+		}, "not a regular file"},
+		{"provenance malformed", func(t *testing.T, w *world) { write(t, w.file("chrysalis.provenance.json"), "{}") }, "its _type is"},
+		{"lock malformed", func(t *testing.T, w *world) { write(t, w.file(image.LockName), "{}") }, "image.lock: lock version is 0"},
+		{"lock too large", func(t *testing.T, w *world) {
+			os.Truncate(w.file(image.LockName), 1<<30)
+		}, "larger than"},
+		{"source tree that is no checkout", func(t *testing.T, w *world) { os.RemoveAll(filepath.Join(w.source, ".git")) }, "clone of the repository"},
+		{"nothing can be built", func(t *testing.T, w *world) {
+			w.auditor.Build = func(context.Context, string, provenance.Parameters) (provenance.Build, error) {
+				return provenance.Build{}, errors.New("no mirror has it")
+			}
+		}, "build the release again: no mirror has it"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			w := newWorld(t)
+			c.change(t, w)
+			if _, err := w.auditor.Audit(t.Context(), w.release); err == nil || !strings.Contains(err.Error(), c.want) {
+				t.Errorf("it says %v, want %q", err, c.want)
+			}
+		})
+	}
+}
+
+// copyCheckout copies the files of the checkout that the test runs in, as they
+// are now, into a new folder.
+func copyCheckout(t *testing.T) string {
+	t.Helper()
+	source, err := imagetest.Source()
+	if err != nil {
+		t.Fatal(err)
+	}
+	list, err := exec.Command("git", "-C", source, "ls-files", "-z", "--cached", "--others", "--exclude-standard").Output()
+	if err != nil {
+		imagetest.Missing(t, err)
+	}
+	dir := t.TempDir()
+	for name := range strings.SplitSeq(strings.TrimSuffix(string(list), "\x00"), "\x00") {
+		info, err := os.Lstat(filepath.Join(source, name))
+		if err != nil || !info.Mode().IsRegular() {
+			continue // removed, and not yet committed
+		}
+		data, err := os.ReadFile(filepath.Join(source, name))
+		if err == nil {
+			err = errors.Join(
+				os.MkdirAll(filepath.Join(dir, filepath.Dir(name)), 0o755),
+				os.WriteFile(filepath.Join(dir, name), data, info.Mode().Perm()))
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	return dir
+}
+
+// TestAuditImage builds this source tree's image and audits it, which builds it
+// once more, from another path. Then it alters the kernel's command line.
+func TestAuditImage(t *testing.T) {
+	imagetest.Tools(t)
+	quiet := func(string, int64, int64) {}
+	built := ""
+	maker := func(source string) func(context.Context, string, provenance.Parameters) (provenance.Build, error) {
+		return func(ctx context.Context, dir string, p provenance.Parameters) (provenance.Build, error) {
+			built = dir
+			return provenance.Make(ctx, &image.Builder{Source: source, Out: dir, Progress: quiet}, p)
+		}
+	}
+	release, source, clone := t.TempDir(), copyCheckout(t), filepath.Join(t.TempDir(), "elsewhere")
+	publish(t, release, commit(t, source), maker(source))
+	if built != release {
+		t.Fatal("the release was not built")
+	}
+	if out, err := exec.Command("git", "clone", "-q", source, clone).CombinedOutput(); err != nil {
+		t.Fatalf("git clone: %v\n%s", err, out)
+	}
+	kept := t.TempDir()
+	a := &audit.Auditor{Source: clone, Build: func(ctx context.Context, dir string, p provenance.Parameters) (provenance.Build, error) {
+		made, err := maker(clone)(ctx, dir, p)
+		return made, errors.Join(err, os.CopyFS(kept, os.DirFS(dir)))
+	}}
+	r, err := a.Audit(t.Context(), release)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !r.OK || built == release {
+		t.Fatalf("it is not the same: %q", failures(r))
+	}
+
+	uki := filepath.Join(release, "chrysalis.efi")
+	data, err := os.ReadFile(uki)
+	if err != nil {
+		t.Fatal(err)
+	}
+	altered := bytes.Replace(data, []byte("panic=-1"), []byte("panic=-2"), 1)
+	if bytes.Equal(altered, data) {
+		t.Fatal("the command line does not say panic=-1")
+	}
+	write(t, uki, string(altered))
+	a.Build = func(_ context.Context, dir string, p provenance.Parameters) (provenance.Build, error) {
+		lock, err := image.ReadLock(clone)
+		return provenance.Build{Parameters: p, Lock: lock, Tools: filepath.Base(imagetest.Tools(t).Dir)},
+			errors.Join(err, os.CopyFS(dir, os.DirFS(kept)))
+	}
+	if r, err = a.Audit(t.Context(), release); err != nil {
+		t.Fatal(err)
+	}
+	got := failures(r)
+	if r.OK || len(got) != 2 || !strings.Contains(got[1], "section .cmdline") {
+		t.Errorf("these fail: %q, want the command line to be named", got)
+	}
+}
