@@ -3,6 +3,7 @@
 #   make demo    from nothing to an answer out of a VM
 #   make test    every test, those in real VMs included
 #   make image   the UKI, the engine disk and the demo model's disk, in out/
+#   make repro   two builds in different conditions, compared bit for bit
 #   make bench   the figures of docs/performance.md
 #   make lint    formatting, vet and static checks
 #   make clean   what make made in this folder; caches stay
@@ -13,7 +14,7 @@ mirrors = $(foreach m,$(MIRROR),--mirror $(m))
 
 chrysalis = bin/chrysalis
 
-.PHONY: demo test image bench lint clean deps test-deps
+.PHONY: demo test image repro bench lint clean deps test-deps
 
 deps:
 	@ci/install-deps build
@@ -36,6 +37,9 @@ demo: image
 
 test: test-deps image
 	@ci/test
+
+repro: deps
+	@ci/repro
 
 bench: image
 	@$(chrysalis) image build --profile bench $(mirrors) >/dev/null
