@@ -1,7 +1,6 @@
 package launcher
 
 import (
-	"encoding/hex"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -12,51 +11,39 @@ import (
 	"chrysalis/verity/gpt"
 )
 
-// diskIdentity reads off a verity disk what a manifest says about it.
-func diskIdentity(path string) (manifest.Disk, error) {
+// describeDisk opens a verity disk and returns what it says about itself.
+func describeDisk(path string) (verity.Description, error) {
 	f, err := os.Open(path)
 	if err != nil {
-		return manifest.Disk{}, err
+		return verity.Description{}, err
 	}
 	defer f.Close()
 	info, err := f.Stat()
 	if err != nil {
-		return manifest.Disk{}, err
+		return verity.Description{}, err
 	}
 	d, err := verity.OpenDisk(f, info.Size())
 	if err != nil {
-		return manifest.Disk{}, fmt.Errorf("%s: %w; make it again or fetch it again", path, err)
+		return verity.Description{}, fmt.Errorf("%s: %w; make it again or fetch it again", path, err)
 	}
-	return manifestDisk(d), nil
-}
-
-func manifestDisk(d verity.Description) manifest.Disk {
-	return manifest.Disk{RootHash: d.RootHash.String(), Salt: hex.EncodeToString(d.Salt), DataBlocks: int64(d.DataBlocks)}
+	return d, nil
 }
 
 // makeManifest describes an engine disk and model disks.
 func makeManifest(engine string, modelDisks []string, gpus int, parameters map[string]int64) (*manifest.Manifest, error) {
-	m := &manifest.Manifest{
-		Version:    manifest.Version,
-		GPUs:       gpus,
-		Parameters: parameters,
-		Limits:     manifest.DefaultLimits,
-	}
-	if m.Parameters == nil {
-		m.Parameters = map[string]int64{}
-	}
-	var err error
-	if m.Engine, err = diskIdentity(engine); err != nil {
+	description, err := describeDisk(engine)
+	if err != nil {
 		return nil, fmt.Errorf("read the engine disk: %w", err)
 	}
+	var infos []models.Info
 	for _, path := range modelDisks {
 		info, err := models.Inspect(path)
 		if err != nil {
 			return nil, fmt.Errorf("read the model disk %s: %w", path, err)
 		}
-		m.Models = append(m.Models, manifest.Model{Name: info.Name, Revision: info.Revision, Disk: manifestDisk(info.Disk)})
+		infos = append(infos, info)
 	}
-	return m, nil
+	return models.Manifest(description, infos, gpus, parameters), nil
 }
 
 // readManifest returns the bytes of a manifest file as they are. They are not

@@ -20,7 +20,6 @@ import (
 
 	"chrysalis/guest"
 	"chrysalis/image/profile"
-	"chrysalis/manifest"
 	"chrysalis/models"
 	"chrysalis/verity"
 	"chrysalis/verity/disk"
@@ -236,19 +235,11 @@ func describe(t *testing.T, path string) verity.Description {
 // writeManifest writes the manifest of two disks, after a change to its text.
 func writeManifest(t *testing.T, engine, model string, change func([]byte) []byte) string {
 	t.Helper()
-	entry := func(path string) manifest.Disk {
-		d := describe(t, path)
-		return manifest.Disk{RootHash: d.RootHash.String(), Salt: fmt.Sprintf("%x", d.Salt), DataBlocks: int64(d.DataBlocks)}
-	}
 	info, err := models.Inspect(model)
 	if err != nil {
 		t.Fatal(err)
 	}
-	m := manifest.Manifest{
-		Version: manifest.Version, Engine: entry(engine),
-		Models:     []manifest.Model{{Name: info.Name, Revision: info.Revision, Disk: entry(model)}},
-		Parameters: map[string]int64{}, Limits: manifest.DefaultLimits,
-	}
+	m := models.Manifest(describe(t, engine), []models.Info{info}, 0, nil)
 	data, err := m.Encode()
 	if err != nil {
 		t.Fatal(err)

@@ -13,7 +13,6 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/binary"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -236,16 +235,16 @@ func (in *inputs) setManifest(o Options) (err error) {
 	for _, model := range m.Models {
 		named = append(named, model.Disk)
 	}
-	if named[0] != identity(in.disks[0].Description) {
+	if named[0] != models.ManifestDisk(in.disks[0].Description) {
 		return fmt.Errorf("the manifest names the engine %s, and %s is %s", m.Engine.RootHash, o.Engine, in.disks[0].RootHash)
 	}
 	for i, d := range in.disks[1:] {
-		if !slices.Contains(named[1:], identity(d.Description)) {
+		if !slices.Contains(named[1:], models.ManifestDisk(d.Description)) {
 			return fmt.Errorf("the manifest does not name %s, whose root hash is %s", o.Models[i], d.RootHash)
 		}
 	}
 	for _, want := range named[1:] {
-		if !slices.ContainsFunc(in.disks[1:], func(d source) bool { return identity(d.Description) == want }) {
+		if !slices.ContainsFunc(in.disks[1:], func(d source) bool { return models.ManifestDisk(d.Description) == want }) {
 			return fmt.Errorf("the manifest names a model with the root hash %s; give its disk with --model", want.RootHash)
 		}
 	}
@@ -260,25 +259,15 @@ func (in *inputs) setManifest(o Options) (err error) {
 }
 
 func (in *inputs) makeManifest(o Options) (*manifest.Manifest, error) {
-	m := &manifest.Manifest{
-		Version: manifest.Version, Engine: identity(in.disks[0].Description),
-		GPUs: o.GPUs, Parameters: o.Parameters, Limits: manifest.DefaultLimits,
-	}
-	if m.Parameters == nil {
-		m.Parameters = map[string]int64{}
-	}
+	var infos []models.Info
 	for i, d := range in.disks[1:] {
 		info, err := models.InspectDisk(d, d.Size)
 		if err != nil {
 			return nil, fmt.Errorf("read the model disk %s: %w", o.Models[i], err)
 		}
-		m.Models = append(m.Models, manifest.Model{Name: info.Name, Revision: info.Revision, Disk: identity(d.Description)})
+		infos = append(infos, info)
 	}
-	return m, nil
-}
-
-func identity(d verity.Description) manifest.Disk {
-	return manifest.Disk{RootHash: d.RootHash.String(), Salt: hex.EncodeToString(d.Salt), DataBlocks: int64(d.DataBlocks)}
+	return models.Manifest(in.disks[0].Description, infos, o.GPUs, o.Parameters), nil
 }
 
 func (in *inputs) profile() (*profile.Profile, error) {
