@@ -177,9 +177,11 @@ func Command(shape Shape, a Artefacts) []string {
 	case TransportKernel:
 		argv = append(argv, "-device", fmt.Sprintf("vhost-vsock-pci,id=vsock,guest-cid=%d,bus=pcie.0,addr=%#x,disable-legacy=on%s", a.GuestCID, slotVsock, access))
 	case TransportUser:
+		// Without event indices the driver kicks for every packet, so that a kick
+		// which vhost-device-vsock loses (see awaitDriver) is made up for by the next.
 		argv = append(argv,
 			"-chardev", "socket,id=vsock,path="+insideVsock,
-			"-device", fmt.Sprintf("vhost-user-vsock-pci,id=vsock0,chardev=vsock,bus=pcie.0,addr=%#x,disable-legacy=on", slotVsock))
+			"-device", fmt.Sprintf("vhost-user-vsock-pci,id=%s,chardev=vsock,bus=pcie.0,addr=%#x,disable-legacy=on,event_idx=off", userVsock, slotVsock))
 	}
 
 	for i := range a.Disks {
@@ -199,6 +201,9 @@ func Command(shape Shape, a Artefacts) []string {
 	}
 	return argv
 }
+
+// userVsock is the id of the vsock device of TransportUser.
+const userVsock = "vsock0"
 
 // tdxObject returns the -object argument of a TD, in QEMU's JSON syntax because
 // the key=value one cannot carry the socket's address. The quote comes from the

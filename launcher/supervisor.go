@@ -236,13 +236,16 @@ const driverSettle = 200 * time.Millisecond
 // awaitDriver waits until the VM's vsock driver runs. A connect from before that
 // is answered in the very moment in which the device's rings are being enabled,
 // and vhost-device-vsock 0.3.0 loses the VM's first kick if it comes before the
-// ring that it is for: nothing that the VM sends arrives then, ever.
+// ring that it is for: nothing that the VM sends arrives until it kicks again.
+// While the firmware still places the device, QEMU may have no answer: that is
+// no reason to connect early.
 func (s *supervisor) awaitDriver(ctx context.Context, v *vm) {
-	for ctx.Err() == nil {
-		runs, err := v.qmp.driverRuns(ctx, "vsock0")
-		if err != nil {
-			s.log.Printf("cannot tell whether the VM's vsock driver runs: %v", err)
-			return
+	var said string
+	for {
+		runs, err := v.qmp.driverRuns(ctx, userVsock)
+		if err != nil && ctx.Err() == nil && err.Error() != said {
+			said = err.Error()
+			s.log.Printf("whether the VM's vsock driver runs is not known yet: %v", err)
 		}
 		pause := 50 * time.Millisecond
 		if runs {
@@ -250,6 +253,9 @@ func (s *supervisor) awaitDriver(ctx context.Context, v *vm) {
 		}
 		select {
 		case <-ctx.Done():
+			return
+		case <-v.qmp.gone:
+			return
 		case <-time.After(pause):
 		}
 		if runs {
@@ -276,7 +282,9 @@ func (s *supervisor) runVM(try attempt) (ended string, failed, again bool) {
 	watch, unwatch := context.WithCancel(context.Background())
 	v.unwatch = unwatch
 	v.watching.Go(func() {
-		s.awaitDriver(watch, v)
+		if v.device != nil {
+			s.awaitDriver(watch, v)
+		}
 		v.watching.Go(func() { s.saveEngineLog(watch, v.dialer) })
 		watchGuest(watch, v.dialer, s.onStatus)
 	})
