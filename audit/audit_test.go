@@ -77,7 +77,7 @@ func commit(t *testing.T, dir string) provenance.Source {
 // publish makes a release with a build from a source tree in that state.
 func publish(t *testing.T, dir string, source provenance.Source, b func(context.Context, string, provenance.Parameters) (provenance.Build, error)) {
 	t.Helper()
-	p, err := provenance.NewParameters("", []string{"llama.cpp"})
+	p, err := provenance.NewParameters("", []string{"llama.cpp"}, []string{"demo"})
 	if err != nil {
 		t.Fatal(err)
 	}
