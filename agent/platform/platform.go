@@ -13,6 +13,8 @@ import (
 	"os"
 	"path/filepath"
 
+	"github.com/google/go-configfs-tsm/configfs/linuxtsm"
+
 	"chrysalis/attest/evidence"
 	"chrysalis/measure/cel"
 )
@@ -37,7 +39,7 @@ type Platform interface {
 // is the host's. root is "/", but in tests.
 func Open(root string, tdx bool) (Platform, error) {
 	if tdx {
-		return openTDX(root)
+		return openTDX(root, linuxtsm.MakeClient)
 	}
 	return openTPM(root)
 }

@@ -8,7 +8,6 @@ import (
 	"path/filepath"
 
 	"github.com/google/go-configfs-tsm/configfs/configfsi"
-	"github.com/google/go-configfs-tsm/configfs/linuxtsm"
 	"github.com/google/go-configfs-tsm/report"
 
 	"chrysalis/attest/evidence"
@@ -37,7 +36,9 @@ type tdx struct {
 	ccel []byte
 }
 
-func openTDX(root string) (*tdx, error) {
+// openTDX takes what makes the interface for quotes, for tests to put another in
+// its place.
+func openTDX(root string, tsm func() (configfsi.Client, error)) (*tdx, error) {
 	if _, err := os.Stat(filepath.Join(root, tdxDevice)); err != nil {
 		return nil, fmt.Errorf("the CPU says TDX, but its device is not there: %w", err)
 	}
@@ -49,7 +50,7 @@ func openTDX(root string) (*tdx, error) {
 	if len(t.ccel) == 0 {
 		return nil, errors.New("the firmware's event log is empty")
 	}
-	if t.tsm, err = linuxtsm.MakeClient(); err != nil {
+	if t.tsm, err = tsm(); err != nil {
 		return nil, fmt.Errorf("open the kernel's interface for quotes: %w", err)
 	}
 	return t, nil
