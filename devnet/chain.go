@@ -466,3 +466,21 @@ func (c *Chain) fresh() (*block, error) {
 	}
 	return c.head, nil
 }
+
+// Transactions are an account's, the oldest first.
+func (c *Chain) Transactions(a *address.Address) ([]*tlb.Transaction, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if len(a.Data()) != 32 {
+		return nil, nil
+	}
+	var list []*tlb.Transaction
+	for _, e := range c.history[[32]byte(a.Data())] {
+		tx := &tlb.Transaction{Hash: e.hash[:]}
+		if err := tlb.Parse(tx, e.cell); err != nil {
+			return nil, err
+		}
+		list = append(list, tx)
+	}
+	return list, nil
+}

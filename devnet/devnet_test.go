@@ -32,7 +32,7 @@ func client(t *testing.T, c *Chain, s *Server) ton.APIClientWrapped {
 	}
 	api := ton.NewAPIClient(pool, ton.ProofCheckPolicySecure)
 	api.SetTrustedBlockFromConfig(&config)
-	return api.WithTimeout(10 * time.Second)
+	return api.WithRetryTimeout(1, 10*time.Second)
 }
 
 func serve(t *testing.T, o Options) (*Chain, *Server) {
