@@ -110,26 +110,18 @@ func checkFiles(ctx context.Context, fsys fs.FS, c *card.Card, progress func(don
 		if err != nil {
 			return err
 		}
-		r, ok := f.(io.ReaderAt)
-		if !ok {
-			f.Close()
-			return fmt.Errorf("/%s cannot be read at any place", file.Path)
-		}
-		err = check.look(file.Path, file.Size, io.NewSectionReader(r, 0, file.Size))
 		sum := sha256.New()
-		for at := int64(0); err == nil && at < file.Size; {
-			if err = ctx.Err(); err != nil {
-				break
+		r := io.TeeReader(f, sum)
+		err = check.look(file.Path, file.Size, r)
+		for n := 1; err == nil && n > 0; { // what look has left
+			if n, err = r.Read(buf); err == io.EOF {
+				n, err = 0, nil
 			}
-			part := buf[:min(int64(len(buf)), file.Size-at)]
-			var n int
-			if n, err = r.ReadAt(part, at); n == len(part) {
-				err = nil
+			if e := ctx.Err(); e != nil {
+				err = e
 			}
-			sum.Write(part[:n])
-			at += int64(n)
 			if done += int64(n); progress != nil {
-				progress(done, total)
+				progress(min(done, total), total)
 			}
 		}
 		if err == nil && hex.EncodeToString(sum.Sum(nil)) != file.SHA256 {

@@ -36,6 +36,7 @@ type packer struct {
 	end    uint64      // block behind the files' content
 	leaves io.WriterAt // takes the leaf of group n at n blocks
 
+	writing sync.Mutex
 	mu      sync.Mutex
 	stopped error
 	done    int64 // bytes of files
@@ -69,8 +70,10 @@ type segment struct {
 	lo, hi int   // in the buffer
 }
 
-// run works through all groups.
-func (p *packer) run(workers int) error {
+// run works through all groups. While one worker writes, there is one for each
+// processor to hash.
+func (p *packer) run() error {
+	workers := runtime.GOMAXPROCS(0) + 1
 	p.buffers(workers)
 	var wg sync.WaitGroup
 	for range workers {
@@ -91,10 +94,10 @@ func (p *packer) run(workers int) error {
 }
 
 // buffers makes the groups that go round: two for each worker, and one for each
-// run whose first group waits for the end of the run before it.
+// active run, whose first group waits for the end of the run before it.
 func (p *packer) buffers(workers int) {
 	p.halt = make(chan struct{})
-	p.free = make(chan *group, 3*workers+2)
+	p.free = make(chan *group, 2*workers+active(workers)+1)
 	for range cap(p.free) {
 		p.free <- &group{buf: make([]byte, groupSize)}
 	}
@@ -174,7 +177,11 @@ func (p *packer) work(g *group, h *verity.GroupHasher, leaf []byte) error {
 		}
 	}
 	if !allZero(g.buf) { // what is not written reads as zeros
-		if _, err := p.file.WriteAt(g.buf, verity.DataOffset+int64(g.index)*groupSize); err != nil {
+		// The kernel lets one writer at a time at a file, and the others spin.
+		p.writing.Lock()
+		_, err := p.file.WriteAt(g.buf, verity.DataOffset+int64(g.index)*groupSize)
+		p.writing.Unlock()
+		if err != nil {
 			return err
 		}
 	}
@@ -397,12 +404,16 @@ func (p *packer) runs() []run {
 	return append(list, run{begin, last})
 }
 
+// active is how many runs go on at a time: each keeps one processor busy with its
+// files' hash chains, and another with the tree.
+func active(workers int) int { return max(1, workers/2) }
+
 // planned hands out the groups of placed files: from a few runs in turn.
-func (p *packer) planned(active int) func(*group) error {
+func (p *packer) planned(count int) func(*group) error {
 	runs, turn := p.runs(), 0
 	return func(g *group) error {
 		for len(runs) > 0 {
-			turn = (turn + 1) % min(active, len(runs))
+			turn = (turn + 1) % min(count, len(runs))
 			r := &runs[turn]
 			if r.next == r.end {
 				runs = slices.Delete(runs, turn, turn+1)
@@ -550,9 +561,8 @@ func pack(ctx context.Context, entries []Entry, out string, o Options) (d verity
 			return d, err
 		}
 	}
-	workers := runtime.GOMAXPROCS(0)
-	p.next = p.planned(max(1, workers/2))
-	err = p.run(workers)
+	p.next = p.planned(active(runtime.GOMAXPROCS(0)))
+	err = p.run()
 	if p.state != nil {
 		err = errors.Join(err, p.state.close(err != nil))
 	}
@@ -609,7 +619,7 @@ func packStream(ctx context.Context, next func() (Entry, io.Reader, error), out 
 	p := &packer{ctx: ctx, o: o, file: f, tree: newTree(), leaves: leaves, end: 1}
 	s := &stream{p: p, next: next, ordered: true}
 	p.next = s.group
-	if err := p.run(runtime.GOMAXPROCS(0)); err != nil {
+	if err := p.run(); err != nil {
 		return d, f.explain(err, 0)
 	}
 	if !s.ordered {
