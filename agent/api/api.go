@@ -21,6 +21,7 @@ package api
 
 import (
 	"context"
+	"crypto/sha256"
 	"crypto/tls"
 	"encoding/json"
 	"io"
@@ -34,6 +35,7 @@ import (
 	"time"
 
 	"chrysalis/agent/port"
+	"chrysalis/attest/evidence"
 	"chrysalis/manifest"
 )
 
@@ -53,10 +55,16 @@ const (
 type Config struct {
 	Models []manifest.Model
 	Limits manifest.Limits
+	// Tokens are the hashes of the tokens that are let in (manifest.Manifest). None
+	// let everybody in.
+	Tokens []string
 	// Certificate holds the TLS key made at boot.
 	Certificate tls.Certificate
 	// Engine dials the engine's socket.
 	Engine func(context.Context) (net.Conn, error)
+	// Evidence returns an attest/evidence document that lists the nonce. It may take
+	// as long as a quote does.
+	Evidence func(ctx context.Context, nonce [evidence.NonceSize]byte) ([]byte, error)
 	// Ready reports whether the engine answers.
 	Ready func() bool
 	// FirstClient is called once, before a byte of the first client is read. May
@@ -73,6 +81,7 @@ type Config struct {
 // Server is the inference port's server.
 type Server struct {
 	engine    *http.Transport
+	evidence  func(context.Context, [evidence.NonceSize]byte) ([]byte, error)
 	ready     func() bool
 	first     func()
 	counters  *Counters
@@ -84,7 +93,8 @@ type Server struct {
 	places    chan struct{}     // one for each request in the engine
 	names     map[string]string // what a client may call a model, and what the engine is told
 	models    []byte            // the answer to /v1/models
-	memory    atomic.Int64      // bytes left for bodies and held answers
+	tokens    [][sha256.Size]byte
+	memory    atomic.Int64 // bytes left for bodies and held answers
 	waiting   waiting
 	draining  atomic.Bool
 	http      *http.Server
@@ -95,6 +105,7 @@ type Server struct {
 // validated.
 func New(c Config) *Server {
 	s := &Server{
+		evidence: c.Evidence,
 		ready:    c.Ready,
 		first:    c.FirstClient,
 		counters: c.Counters,
@@ -105,6 +116,7 @@ func New(c Config) *Server {
 		places:   make(chan struct{}, c.Limits.Concurrency),
 		names:    map[string]string{},
 		models:   modelList(c.Models),
+		tokens:   tokenHashes(c.Tokens),
 		tls: &tls.Config{
 			Certificates: []tls.Certificate{c.Certificate},
 			MinVersion:   tls.VersionTLS13,
@@ -233,9 +245,13 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 
 // handle is the way of every request, in order of what it costs to refuse it.
 func (s *Server) handle(x *exchange) error {
-	rt, err := find(x.w, x.r)
+	rt, query, err := find(x.w, x.r)
 	if err != nil {
 		return err
+	}
+	if !rt.open && !s.admits(x.r) {
+		x.w.Header().Set("WWW-Authenticate", "Bearer")
+		return errToken
 	}
 	if rt.fields == nil {
 		if x.r.ContentLength != 0 {
@@ -243,6 +259,9 @@ func (s *Server) handle(x *exchange) error {
 		}
 		if s.draining.Load() {
 			return errDraining
+		}
+		if rt.query {
+			return x.evidence(query)
 		}
 		return x.answer(http.StatusOK, s.models)
 	}
@@ -290,24 +309,24 @@ func (s *Server) handle(x *exchange) error {
 	return x.forward(req)
 }
 
-// find looks a request up in the table. The path is compared as it was sent:
-// nothing is unescaped, cleaned or redirected.
-func find(w http.ResponseWriter, r *http.Request) (*route, *apiError) {
-	path, _, query := strings.Cut(r.RequestURI, "?")
+// find looks a request up in the table, and returns its query as well. The path
+// is compared as it was sent: nothing is unescaped, cleaned or redirected.
+func find(w http.ResponseWriter, r *http.Request) (*route, string, *apiError) {
+	path, query, asked := strings.Cut(r.RequestURI, "?")
 	for i := range routes {
 		rt := &routes[i]
 		switch {
 		case rt.path != path:
 		case rt.method != r.Method:
 			w.Header().Set("Allow", rt.method)
-			return nil, errMethod
-		case query:
-			return nil, errQuery
+			return nil, "", errMethod
+		case asked && !rt.query:
+			return nil, "", errQuery
 		default:
-			return rt, nil
+			return rt, query, nil
 		}
 	}
-	return nil, errPath
+	return nil, "", errPath
 }
 
 func (s *Server) available() *apiError {
