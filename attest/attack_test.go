@@ -527,7 +527,9 @@ func TestHostileAnswers(t *testing.T) {
 		}), "in time"},
 		{"nothing", func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() }, "in time"},
 		{"an error", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(503) }, "answered 503"},
-		{"elsewhere", func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, "/other", 307) }, "answered 307"},
+		{"elsewhere", func(w http.ResponseWriter, r *http.Request) {
+			http.Redirect(w, r, "/other", http.StatusTemporaryRedirect)
+		}, "answered 307"},
 		{"a connection that closes", func(w http.ResponseWriter, r *http.Request) {
 			w.Header().Set("Connection", "close")
 			io.WriteString(w, "{}")

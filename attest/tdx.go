@@ -98,7 +98,7 @@ func checkQuoteSize(q []byte) error {
 	if err != nil {
 		return err
 	}
-	// Firmware may round a quote up; nothing signs what follows it.
+	// Firmware may hand out its whole buffer; nothing signs what follows the quote.
 	if len(bytes.Trim(rest, "\x00")) > 0 {
 		return fmt.Errorf("%d bytes follow it", len(rest))
 	}
