@@ -222,6 +222,7 @@ func (a *agent) serve(context.Context) error {
 	a.server = api.New(api.Config{
 		Models:      a.manifest.Models,
 		Limits:      a.manifest.Limits,
+		Tokens:      a.manifest.Tokens,
 		Certificate: a.identity,
 		Engine:      a.child.dial,
 		Ready:       func() bool { return a.alive.Err() == nil && a.child.ready() },

@@ -21,6 +21,7 @@ package api
 
 import (
 	"context"
+	"crypto/sha256"
 	"crypto/tls"
 	"encoding/json"
 	"io"
@@ -54,6 +55,9 @@ const (
 type Config struct {
 	Models []manifest.Model
 	Limits manifest.Limits
+	// Tokens are the hashes of the tokens that are let in (manifest.Manifest). None
+	// let everybody in.
+	Tokens []string
 	// Certificate holds the TLS key made at boot.
 	Certificate tls.Certificate
 	// Engine dials the engine's socket.
@@ -89,7 +93,8 @@ type Server struct {
 	places    chan struct{}     // one for each request in the engine
 	names     map[string]string // what a client may call a model, and what the engine is told
 	models    []byte            // the answer to /v1/models
-	memory    atomic.Int64      // bytes left for bodies and held answers
+	tokens    [][sha256.Size]byte
+	memory    atomic.Int64 // bytes left for bodies and held answers
 	waiting   waiting
 	draining  atomic.Bool
 	http      *http.Server
@@ -111,6 +116,7 @@ func New(c Config) *Server {
 		places:   make(chan struct{}, c.Limits.Concurrency),
 		names:    map[string]string{},
 		models:   modelList(c.Models),
+		tokens:   tokenHashes(c.Tokens),
 		tls: &tls.Config{
 			Certificates: []tls.Certificate{c.Certificate},
 			MinVersion:   tls.VersionTLS13,
@@ -242,6 +248,10 @@ func (s *Server) handle(x *exchange) error {
 	rt, query, err := find(x.w, x.r)
 	if err != nil {
 		return err
+	}
+	if !rt.open && !s.admits(x.r) {
+		x.w.Header().Set("WWW-Authenticate", "Bearer")
+		return errToken
 	}
 	if rt.fields == nil {
 		if x.r.ContentLength != 0 {

@@ -60,6 +60,7 @@ var (
 	errQuery       = &apiError{status: http.StatusBadRequest, code: "query_not_allowed", message: "this path takes no query"}
 	errNonce       = &apiError{status: http.StatusBadRequest, code: "nonce_invalid", param: "nonce", message: "the query must be nonce= and 32 bytes in base64url without padding, and nothing else"}
 	errNoBody      = &apiError{status: http.StatusBadRequest, code: "body_not_allowed", message: "this path takes no body"}
+	errToken       = &apiError{status: http.StatusUnauthorized, code: "invalid_api_key", message: "this VM answers only clients with a token that its manifest names (Authorization: Bearer TOKEN)"}
 	errContentType = &apiError{status: http.StatusUnsupportedMediaType, code: "content_type", message: "the body must be application/json in UTF-8, without a content encoding"}
 	errTooLarge    = &apiError{status: http.StatusRequestEntityTooLarge, code: "body_too_large", message: "the body is larger than this VM takes"}
 	errSlowBody    = &apiError{status: http.StatusRequestTimeout, code: "body_timeout", message: "the body did not arrive in time"}
