@@ -450,7 +450,7 @@ func hash(s string) string { return fmt.Sprintf("%x", sha256.Sum256([]byte(s))) 
 // asked is the nonce of a request.
 func asked(r *http.Request) []byte {
 	var b evidence.Bytes
-	if err := b.UnmarshalJSON([]byte(`"` + r.URL.Query().Get("nonce") + `"`)); err != nil {
+	if err := b.UnmarshalText([]byte(r.URL.Query().Get("nonce"))); err != nil {
 		panic(err)
 	}
 	return b
@@ -527,7 +527,9 @@ func TestHostileAnswers(t *testing.T) {
 		}), "in time"},
 		{"nothing", func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() }, "in time"},
 		{"an error", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(503) }, "answered 503"},
-		{"elsewhere", func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, "/other", 307) }, "answered 307"},
+		{"elsewhere", func(w http.ResponseWriter, r *http.Request) {
+			http.Redirect(w, r, "/other", http.StatusTemporaryRedirect)
+		}, "answered 307"},
 		{"a connection that closes", func(w http.ResponseWriter, r *http.Request) {
 			w.Header().Set("Connection", "close")
 			io.WriteString(w, "{}")
@@ -539,15 +541,14 @@ func TestHostileAnswers(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
 			s := newScene(t, record.TDX)
-			s.client.Timeout = 2 * time.Second
+			s.client.Timeout = time.Minute
+			if tt.says == "in time" {
+				s.client.Timeout = time.Second
+			}
 			s.server.Evidence = tt.answer
-			begin := time.Now()
 			err := s.ask()
 			if err == nil || !strings.Contains(err.Error(), tt.says) {
 				t.Errorf("error %v does not say %q", err, tt.says)
-			}
-			if time.Since(begin) > 8*time.Second {
-				t.Errorf("it took %v", time.Since(begin))
 			}
 			s.nothingSent(t)
 		})

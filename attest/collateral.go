@@ -231,12 +231,12 @@ func (c *Collateral) judge(p *platform, roots []*x509.Certificate, minEvaluation
 		return nil, fmt.Errorf("QE identity: of %.20q, version %d; expected TD_QE, version 2", identity.ID, identity.Version)
 	}
 	for what, dates := range map[string][2]time.Time{"TCB info": {info.IssueDate, info.NextUpdate}, "QE identity": {identity.IssueDate, identity.NextUpdate}} {
-		if err := current("Intel's "+what, dates[0], dates[1], now); err != nil {
+		if err := current("the "+what+" of Intel's", dates[0], dates[1], now); err != nil {
 			return nil, err
 		}
 	}
 	if info.TcbEvaluationDataNumber < minEvaluation || identity.TcbEvaluationDataNumber < minEvaluation {
-		return nil, fmt.Errorf("Intel's TCB evaluation %d is older than the policy's minimum, %d",
+		return nil, fmt.Errorf("the TCB evaluation %d of Intel's is older than the policy's minimum, %d",
 			min(info.TcbEvaluationDataNumber, identity.TcbEvaluationDataNumber), minEvaluation)
 	}
 	if !strings.EqualFold(info.Fmspc, p.pck.FMSPC) || !strings.EqualFold(info.PceID, p.pck.PCEID) {
@@ -392,7 +392,7 @@ func moduleTCB(info *pcs.TcbInfo, t *td) (*level, error) {
 			}
 		}
 		if !found {
-			return nil, fmt.Errorf("Intel lists no TDX module of version %d", major)
+			return nil, fmt.Errorf("there is no TDX module of version %d in Intel's list", major)
 		}
 	}
 	if !bytes.Equal(signer, t.mrSignerSEAM) {

@@ -90,7 +90,7 @@ var titles = map[Name]string{
 	CheckDisks:       "the disks are those of the manifest",
 	CheckEngine:      "the engine is approved",
 	CheckModel:       "the model is approved",
-	CheckGPU:         "the GPUs are genuine and confidential",
+	CheckGPU:         "no GPU is there that was not checked",
 }
 
 var (
@@ -252,18 +252,22 @@ func contained(f func() outcome) (o outcome) {
 	return f()
 }
 
-// finish lists the checks that were not reached and sums up.
+// finish lists the checks that were not reached, in their place, and sums up.
 func (r *run) finish(all []Name) *Verdict {
 	v := r.verdict
+	var checks []Check
 	for _, name := range all {
 		found := false
 		for _, c := range v.Checks {
-			found = found || c.Name == name
+			if c.Name == name {
+				checks, found = append(checks, c), true
+			}
 		}
 		if !found {
-			v.Checks = append(v.Checks, Check{Name: name, Title: titles[name], Status: NotRun})
+			checks = append(checks, Check{Name: name, Title: titles[name], Status: NotRun})
 		}
 	}
+	v.Checks = checks
 	v.OK = true
 	for _, c := range v.Checks {
 		v.OK = v.OK && c.Status == Passed

@@ -36,6 +36,7 @@ type Intel struct {
 	NextUpdate                             time.Time
 	Evaluation                             int
 	Revoke                                 []*x509.Certificate
+	OldModule                              bool // the levels ask for nothing of the module's major version
 }
 
 // NewIntel makes keys and certificates valid around now.
@@ -79,7 +80,9 @@ func (i *Intel) certificate(name string, key *ecdsa.PrivateKey, parent *x509.Cer
 	if ca {
 		usage = x509.KeyUsageCertSign | x509.KeyUsageCRLSign
 	}
-	id := sha256.Sum256(elliptic.Marshal(elliptic.P256(), key.X, key.Y))
+	public, err := key.PublicKey.Bytes()
+	must(err)
+	id := sha256.Sum256(public)
 	template := &x509.Certificate{
 		SerialNumber: serial, Subject: pkix.Name{CommonName: name, Organization: []string{"Intel Corporation"}},
 		NotBefore: from, NotAfter: until, KeyUsage: usage, IsCA: ca, BasicConstraintsValid: true,
@@ -102,10 +105,6 @@ func (i *Intel) certificate(name string, key *ecdsa.PrivateKey, parent *x509.Cer
 func sgxExtension() []byte {
 	oid := func(last ...int) asn1.ObjectIdentifier {
 		return append(asn1.ObjectIdentifier{1, 2, 840, 113741, 1, 13, 1}, last...)
-	}
-	type value struct {
-		ID    asn1.ObjectIdentifier
-		Value any
 	}
 	marshal := func(v any) asn1.RawValue {
 		der, err := asn1.Marshal(v)
@@ -163,12 +162,16 @@ func (i *Intel) Collateral() *attest.Collateral {
 	module := map[string]any{"mrsigner": zeros(48), "attributes": zeros(8), "attributesMask": ones(8)}
 	identity := map[string]any{"id": "TDX_01", "mrsigner": zeros(48), "attributes": zeros(8), "attributesMask": ones(8),
 		"tcbLevels": []any{level(i.ModuleStatus, map[string]any{"isvsvn": 4})}}
+	tdx := component(3)
+	if i.OldModule {
+		tdx[1]["svn"] = 0
+	}
 	info := map[string]any{
 		"id": "TDX", "version": 3, "issueDate": i.Issued.UTC().Format(time.RFC3339), "nextUpdate": i.NextUpdate.UTC().Format(time.RFC3339),
 		"fmspc": FMSPC, "pceId": "0000", "tcbType": 0, "tcbEvaluationDataNumber": i.Evaluation,
 		"tdxModule": module, "tdxModuleIdentities": []any{identity},
 		"tcbLevels": []any{level(i.PlatformStatus, map[string]any{
-			"sgxtcbcomponents": component(4), "pcesvn": 11, "tdxtcbcomponents": component(3),
+			"sgxtcbcomponents": component(4), "pcesvn": 11, "tdxtcbcomponents": tdx,
 		})},
 	}
 	qe := map[string]any{
@@ -253,7 +256,9 @@ func (i *Intel) Quote(t *TD) []byte {
 	}
 	message = append(message, body...)
 
-	public := append(i.attestationKey.X.FillBytes(make([]byte, 32)), i.attestationKey.Y.FillBytes(make([]byte, 32))...)
+	public, err := i.attestationKey.PublicKey.Bytes()
+	must(err)
+	public = public[1:] // without the byte that says "uncompressed"
 	auth := make([]byte, 32)
 	report := make([]byte, 384)
 	binary.LittleEndian.PutUint16(report[256:], 2) // ISVPRODID
