@@ -142,7 +142,11 @@ func TestGoldenReportFlipped(t *testing.T) {
 	p := goldenPolicy()
 	report := goldenReport(t)
 	seen := map[Check]int{}
-	for i := range report {
+	step := 1
+	if testing.Short() {
+		step = 13
+	}
+	for i := 0; i < len(report); i += step {
 		g.Report = append([]byte{}, report...)
 		g.Report[i] ^= 1
 		check, err := v.verifyGPU(&g, &p, &Verified{})
@@ -152,7 +156,7 @@ func TestGoldenReportFlipped(t *testing.T) {
 		seen[check]++
 	}
 	t.Log(seen)
-	if seen[CheckReport] == 0 || seen[CheckNonce] != NonceSize || seen[CheckSignature] == 0 {
+	if seen[CheckReport] == 0 || seen[CheckNonce] == 0 || seen[CheckSignature] == 0 {
 		t.Errorf("refused by %v", seen)
 	}
 }
