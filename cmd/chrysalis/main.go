@@ -20,6 +20,8 @@ type cli struct {
 	Logs   LogsCmd   `cmd:"" help:"Show what a VM and its programs wrote."`
 	Chat   ChatCmd   `cmd:"" help:"Ask a VM a question."`
 
+	GPU gpuCommands `cmd:"" name:"gpu" help:"Hand GPUs to VMs and back."`
+
 	Image imageCommands `cmd:"" help:"Build what a VM boots."`
 	Model modelCommands `cmd:"" help:"Make and look at model disks."`
 	Audit AuditCmd      `cmd:"" help:"Build a release again and tell whether it is the same."`
