@@ -21,6 +21,8 @@ type cli struct {
 	Verify verifyCommands `cmd:"" help:"Check that a VM is a published one, before anything is sent."`
 	Chat   ChatCmd        `cmd:"" help:"Ask a verified VM a question."`
 
+	GPU gpuCommands `cmd:"" name:"gpu" help:"Hand GPUs to VMs and back."`
+
 	Image imageCommands `cmd:"" help:"Build what a VM boots."`
 	Model modelCommands `cmd:"" help:"Make and look at model disks."`
 	Audit AuditCmd      `cmd:"" help:"Build a release again and tell whether it is the same."`
