@@ -452,8 +452,8 @@ func (c *Chain) execute(account, params *cell.Cell, method uint64) (*tvm.Executi
 	}
 	// Wallets, registries and listings need nothing of the chain for their
 	// get-methods, so they get no c7.
-	return c.ledger.machine.ExecuteGetMethod(nil, nil, tuple.Tuple{}, vm.GasWithLimit(1_000_000), stack,
-		tvm.ExecutionConfig{AccountRoot: account, Config: c.ledger.config})
+	return c.ledger.Machine.ExecuteGetMethod(nil, nil, tuple.Tuple{}, vm.GasWithLimit(1_000_000), stack,
+		tvm.ExecutionConfig{AccountRoot: account, Config: c.ledger.Config})
 }
 
 // stackCell serializes what a method left on its stack.
