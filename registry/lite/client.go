@@ -371,7 +371,8 @@ func (v *View) each(ctx context.Context, use func(*conn) error) error {
 	return failures
 }
 
-// Account proves an account, with all of its data.
+// Account proves an account, with all of its data. It may be inactive: have a
+// balance and nothing else.
 func (v *View) Account(ctx context.Context, addr Address) (a *Account, err error) {
 	query := ton.GetAccountState{ID: v.Head.Block.ext(), Account: ton.AccountID{ID: addr.ID[:]}}
 	err = v.each(ctx, func(conn *conn) error {
@@ -393,18 +394,14 @@ func verifyAccount(head Head, addr Address, answer []byte) (*Account, error) {
 	if err := sameHead(head, state.ID); err != nil {
 		return nil, err
 	}
-	hash, err := proveAccount(head.Block, addr, state.Shard, state.ShardProof, state.Proof)
+	found, err := proveAccount(head.Block, addr, state.Shard, state.ShardProof, state.Proof)
 	if err != nil {
 		return nil, err
 	}
-	if state.State == nil || [32]byte(state.State.Hash()) != hash {
+	if state.State == nil || [32]byte(state.State.Hash()) != [32]byte(found.Account.Hash(0)) {
 		return nil, fmt.Errorf("%w: the state is not the one that is proved", ErrProof)
 	}
-	a, err := readAccount(state.State, addr)
-	if a != nil {
-		a.Head = head
-	}
-	return a, err
+	return readAccount(state.State, found, addr, head)
 }
 
 func sameHead(head Head, id *ton.BlockIDExt) error {
@@ -458,25 +455,30 @@ func verifyMethod(head Head, addr Address, code [32]byte, answer []byte) (a *Acc
 	if err := sameHead(head, result.ID); err != nil {
 		return nil, err
 	}
-	hash, err := proveAccount(head.Block, addr, result.ShardBlock, result.ShardProof, result.Proof)
+	found, err := proveAccount(head.Block, addr, result.ShardBlock, result.ShardProof, result.Proof)
 	if err != nil {
 		return nil, err
 	}
 	err = checked("state proof", func() error {
+		if result.StateProof == nil && result.ExitCode == ton.ErrCodeContractNotInitialized {
+			return fmt.Errorf("%w: %s, as far as the liteserver says", ErrInactive, addr)
+		}
 		if result.StateProof == nil {
 			return fmt.Errorf("%w: it is not there", ErrProof)
 		}
-		root, err := cell.UnwrapProofVirtualized(result.StateProof, hash[:])
+		root, err := cell.UnwrapProofVirtualized(result.StateProof, found.Account.Hash(0))
 		if err != nil {
 			return fmt.Errorf("%w: %w", ErrProof, err)
 		}
-		a, err = readAccount(root, addr)
+		a, err = readAccount(root, found, addr, head)
 		return err
 	})
 	if err != nil {
 		return nil, err
 	}
-	a.Head = head
+	if !a.Active {
+		return nil, fmt.Errorf("%w: %s", ErrInactive, addr)
+	}
 	if a.Code != code {
 		return nil, fmt.Errorf("%w: at %s it has the hash %x, not %x", ErrCode, addr, a.Code, code)
 	}
