@@ -574,8 +574,11 @@ func Accept() Operation {
 			if owner == p.Wallet.Address {
 				return fmt.Sprintf("%s owns the registry", owner), nil
 			}
+			if (pending == lite.Address{}) {
+				return "", fmt.Errorf("%w: %s, which has named nobody to become the owner", ErrNotOwner, owner)
+			}
 			if pending != p.Wallet.Address {
-				return "", fmt.Errorf("%w: %s has named %s, and this is %s", ErrNotOwner, owner, pending, p.Wallet.Address)
+				return "", fmt.Errorf("%w: %s, which has named %s, and this is %s", ErrNotOwner, owner, pending, p.Wallet.Address)
 			}
 			return "", nil
 		},
