@@ -15,6 +15,8 @@ import (
 	"github.com/xssnick/tonutils-go/tlb"
 	"github.com/xssnick/tonutils-go/ton"
 	"github.com/xssnick/tonutils-go/tvm/cell"
+
+	"chrysalis/registry/ledger"
 )
 
 const (
@@ -31,7 +33,7 @@ type block struct {
 	time  uint32
 	endLT uint64
 	key   bool
-	txs   []transaction
+	txs   []ledger.Transaction
 
 	// Of a masterchain block: the basechain's block that it confirms, and what
 	// signs it.
@@ -186,7 +188,7 @@ func shardState(globalID int32, workchain int32, seqno, now uint32, lt uint64, a
 func pruned(c *cell.Cell) (*cell.Cell, error) { return cell.CreatePrunedBranch(c, 1, 3) }
 
 // finish makes a block of a header, a change of state and what it did.
-func finish(globalID int32, header tlb.BlockHeader, before, after *cell.Cell, txs []transaction, custom *cell.Cell) (*block, error) {
+func finish(globalID int32, header tlb.BlockHeader, before, after *cell.Cell, txs []ledger.Transaction, custom *cell.Cell) (*block, error) {
 	info, err := tlb.ToCell(header)
 	if err != nil {
 		return nil, err
@@ -247,23 +249,23 @@ func finish(globalID int32, header tlb.BlockHeader, before, after *cell.Cell, tx
 }
 
 // accountBlocks serializes ShardAccountBlocks.
-func accountBlocks(txs []transaction) (*cell.Cell, error) {
+func accountBlocks(txs []ledger.Transaction) (*cell.Cell, error) {
 	blocks, err := tlb.NewShardAccountBlocksAugDict()
 	if err != nil {
 		return nil, err
 	}
-	byAccount := map[[32]byte][]transaction{}
+	byAccount := map[[32]byte][]ledger.Transaction{}
 	for _, tx := range txs {
-		byAccount[tx.account] = append(byAccount[tx.account], tx)
+		byAccount[tx.Account] = append(byAccount[tx.Account], tx)
 	}
 	for id, list := range byAccount {
-		slices.SortFunc(list, func(a, b transaction) int { return cmp.Compare(a.lt, b.lt) })
+		slices.SortFunc(list, func(a, b ledger.Transaction) int { return cmp.Compare(a.LT, b.LT) })
 		dict, err := tlb.NewAccountTransactionsAugDict()
 		if err != nil {
 			return nil, err
 		}
 		for _, tx := range list {
-			if err := dict.Set(cell.BeginCell().MustStoreUInt(tx.lt, 64).EndCell(), cell.BeginCell().MustStoreRef(tx.cell).EndCell()); err != nil {
+			if err := dict.Set(cell.BeginCell().MustStoreUInt(tx.LT, 64).EndCell(), cell.BeginCell().MustStoreRef(tx.Cell).EndCell()); err != nil {
 				return nil, err
 			}
 		}
@@ -271,7 +273,7 @@ func accountBlocks(txs []transaction) (*cell.Cell, error) {
 		if err != nil {
 			return nil, err
 		}
-		update, err := tlb.ToCell(tlb.HashUpdate{OldHash: list[0].before, NewHash: list[len(list)-1].after})
+		update, err := tlb.ToCell(tlb.HashUpdate{OldHash: list[0].Before, NewHash: list[len(list)-1].After})
 		if err != nil {
 			return nil, err
 		}

@@ -27,6 +27,8 @@ import (
 	"github.com/xssnick/tonutils-go/ton"
 	"github.com/xssnick/tonutils-go/tvm"
 	"github.com/xssnick/tonutils-go/tvm/cell"
+
+	"chrysalis/registry/ledger"
 )
 
 // blockLT is the logical time that a block takes.
@@ -56,7 +58,7 @@ type Chain struct {
 	genesis uint32
 
 	mu       sync.Mutex
-	ledger   *ledger
+	ledger   *ledger.Ledger
 	accounts *tlb.ShardAccountsAugDict
 	old      *cell.AugmentedDictionary // of masterchain blocks
 
@@ -214,12 +216,12 @@ func (c *Chain) configure() error {
 		config = given.AsCell()
 	}
 	c.set.root = config
-	next, err := newLedger(config)
+	next, err := ledger.New(config)
 	if err != nil {
 		return err
 	}
 	if c.ledger != nil {
-		next.accounts = c.ledger.accounts
+		next.Accounts = c.ledger.Accounts
 	}
 	c.ledger = next
 	return nil
@@ -227,7 +229,7 @@ func (c *Chain) configure() error {
 
 // extend makes the next masterchain block, and a basechain block with these
 // transactions where there are any or one is asked for.
-func (c *Chain) extend(txs []transaction, key, shard bool) error {
+func (c *Chain) extend(txs []ledger.Transaction, key, shard bool) error {
 	prev := c.head
 	seqno, lt := prev.id.SeqNo+1, prev.endLT+blockLT
 	now := max(uint32(c.options.Now().Unix()), prev.time)
@@ -235,11 +237,11 @@ func (c *Chain) extend(txs []transaction, key, shard bool) error {
 	confirmed := prev.shard
 	if shard || len(txs) > 0 {
 		for _, tx := range txs {
-			account := c.ledger.accounts[tx.account]
-			if err := c.accounts.Set(cell.BeginCell().MustStoreSlice(tx.account[:], 256).EndCell(), account.ShardAccountCell()); err != nil {
+			account := c.ledger.Accounts[tx.Account]
+			if err := c.accounts.Set(cell.BeginCell().MustStoreSlice(tx.Account[:], 256).EndCell(), account.ShardAccountCell()); err != nil {
 				return err
 			}
-			lt = max(lt, tx.lt+1)
+			lt = max(lt, tx.LT+1)
 		}
 		number := confirmed.id.SeqNo + 1
 		state, err := shardState(c.options.GlobalID, 0, number, now, lt, c.accounts, nil)
@@ -350,10 +352,10 @@ func (c *Chain) adopt(b *block) error {
 		return err
 	}
 	for _, tx := range b.shard.txs {
-		if list := c.history[tx.account]; len(list) > 0 && list[len(list)-1].lt >= tx.lt {
+		if list := c.history[tx.Account]; len(list) > 0 && list[len(list)-1].lt >= tx.LT {
 			continue // of an older basechain block that is confirmed again
 		}
-		c.history[tx.account] = append(c.history[tx.account], entry{[32]byte(tx.cell.Hash()), tx.lt, tx.cell, b.shard.id})
+		c.history[tx.Account] = append(c.history[tx.Account], entry{[32]byte(tx.Cell.Hash()), tx.LT, tx.Cell, b.shard.id})
 	}
 	c.head = b
 	c.blocks[b.id.SeqNo] = b
@@ -409,11 +411,11 @@ func (c *Chain) Send(message *cell.Cell) error {
 
 func (c *Chain) send(message *cell.Cell) error {
 	now := max(uint32(c.options.Now().Unix()), c.head.time)
-	txs, changed, err := c.ledger.run(message, now, c.head.endLT+1)
+	txs, changed, err := c.ledger.Run(message, now, c.head.endLT+1)
 	if err != nil {
 		return err
 	}
-	maps.Copy(c.ledger.accounts, changed)
+	maps.Copy(c.ledger.Accounts, changed)
 	return c.extend(txs, false, false)
 }
 
@@ -442,7 +444,7 @@ func (c *Chain) prepared(a *address.Address) *tvm.PreparedAccount {
 	if a.Workchain() != 0 || len(a.Data()) != 32 {
 		return nil
 	}
-	return c.ledger.accounts[[32]byte(a.Data())]
+	return c.ledger.Accounts[[32]byte(a.Data())]
 }
 
 // KeyBlock is the first block, which clients trust.
@@ -483,4 +485,20 @@ func (c *Chain) Transactions(a *address.Address) ([]*tlb.Transaction, error) {
 		list = append(list, tx)
 	}
 	return list, nil
+}
+
+// mint is a message that brings new money to an address.
+func mint(to *address.Address, nano *big.Int, lt uint64, now uint32) (*cell.Cell, error) {
+	amount, err := tlb.FromNano(nano, 9)
+	if err != nil {
+		return nil, err
+	}
+	return tlb.ToCell(&tlb.InternalMessage{
+		IHRDisabled: true,
+		SrcAddr:     address.NewAddress(0, 0xff, make([]byte, 32)),
+		DstAddr:     to,
+		Amount:      amount,
+		CreatedLT:   lt, CreatedAt: now,
+		Body: cell.BeginCell().EndCell(),
+	})
 }

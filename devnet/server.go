@@ -288,9 +288,9 @@ func (c *Chain) answer(query tl.Serializable, lie *lies) (tl.Serializable, error
 		}
 		return ton.AllShardsInfo{ID: b.id, Proof: proof, Data: cell.BeginCell().MustStoreDict(hashes).EndCell()}, nil
 	case ton.GetConfigAll:
-		return c.configuration(q.BlockID, int(q.Mode))
+		return c.configuration(q.BlockID, int(q.Mode), nil)
 	case ton.GetConfigParams:
-		return c.configuration(q.BlockID, int(q.Mode))
+		return c.configuration(q.BlockID, int(q.Mode), q.Params)
 	case ton.GetAccountState:
 		return c.accountState(q, lie)
 	case ton.RunSmcMethod:
@@ -335,7 +335,8 @@ func (c *Chain) block(id *ton.BlockIDExt) (*block, error) {
 	return b, nil
 }
 
-func (c *Chain) configuration(id *ton.BlockIDExt, mode int) (tl.Serializable, error) {
+// configuration proves some parameters, or with nil all.
+func (c *Chain) configuration(id *ton.BlockIDExt, mode int, params []int32) (tl.Serializable, error) {
 	b, err := c.block(id)
 	if err != nil {
 		return nil, err
@@ -345,7 +346,27 @@ func (c *Chain) configuration(id *ton.BlockIDExt, mode int) (tl.Serializable, er
 		if err != nil {
 			return err
 		}
-		return all(extra.ConfigParams.Config.Params.AsCell())
+		dict := extra.ConfigParams.Config.Params
+		if params == nil {
+			return all(dict.AsCell())
+		}
+		for _, id := range params {
+			value, err := dict.LoadValueByIntKey(big.NewInt(int64(id)))
+			if errors.Is(err, cell.ErrNoSuchKeyInDict) {
+				continue
+			}
+			if err != nil {
+				return err
+			}
+			param, err := value.LoadRefCell()
+			if err != nil {
+				return err
+			}
+			if err := all(param); err != nil {
+				return err
+			}
+		}
+		return nil
 	})
 	if err != nil {
 		return nil, err
@@ -434,15 +455,12 @@ func (c *Chain) execute(account, params *cell.Cell, method uint64) (*tvm.Executi
 		return nil, err
 	}
 	stack := vm.NewStack()
-	var values []any
+	// The library pops the deepest first.
 	for given.Depth() > 0 {
 		v, err := given.Pop()
 		if err != nil {
 			return nil, err
 		}
-		values = append(values, v)
-	}
-	for _, v := range slices.Backward(values) {
 		if err := stack.PushAny(v); err != nil {
 			return nil, err
 		}
@@ -452,14 +470,14 @@ func (c *Chain) execute(account, params *cell.Cell, method uint64) (*tvm.Executi
 	}
 	// Wallets, registries and listings need nothing of the chain for their
 	// get-methods, so they get no c7.
-	return c.ledger.machine.ExecuteGetMethod(nil, nil, tuple.Tuple{}, vm.GasWithLimit(1_000_000), stack,
-		tvm.ExecutionConfig{AccountRoot: account, Config: c.ledger.config})
+	return c.ledger.Machine.ExecuteGetMethod(nil, nil, tuple.Tuple{}, vm.GasWithLimit(1_000_000), stack,
+		tvm.ExecutionConfig{AccountRoot: account, Config: c.ledger.Config})
 }
 
 // stackCell serializes what a method left on its stack.
 func stackCell(s *vm.Stack) (*cell.Cell, error) {
 	s = s.Copy()
-	var values []any
+	var out tlb.Stack
 	for s.Len() > 0 {
 		v, err := s.PopAny()
 		if err != nil {
@@ -468,10 +486,6 @@ func stackCell(s *vm.Stack) (*cell.Cell, error) {
 		if v, err = plain(v); err != nil {
 			return nil, err
 		}
-		values = append(values, v)
-	}
-	var out tlb.Stack
-	for _, v := range slices.Backward(values) {
 		out.Push(v)
 	}
 	return out.ToCell()

@@ -16,6 +16,8 @@ import (
 	"github.com/xssnick/tonutils-go/ton"
 	"github.com/xssnick/tonutils-go/tvm"
 	"github.com/xssnick/tonutils-go/tvm/cell"
+
+	"chrysalis/registry/ledger"
 )
 
 // store keeps a chain in a folder: 'log' holds every key block and every block
@@ -227,7 +229,7 @@ func (c *Chain) replay() error {
 			if h := c.history[id]; len(h) == 0 || h[len(h)-1].lt < tx.LT {
 				c.history[id] = append(h, entry{[32]byte(tx.Hash), tx.LT, root, b.shard.id})
 			}
-			b.shard.txs = append(b.shard.txs, transaction{account: id, lt: tx.LT, cell: root})
+			b.shard.txs = append(b.shard.txs, ledger.Transaction{Account: id, LT: tx.LT, Cell: root})
 		}
 	}
 }
@@ -270,7 +272,7 @@ func (c *Chain) restoreState() error {
 		if err != nil {
 			return err
 		}
-		c.ledger.accounts[[32]byte(id)] = prepared
+		c.ledger.Accounts[[32]byte(id)] = prepared
 	}
 
 	var master tlb.ShardStateUnsplit

@@ -139,8 +139,9 @@ func walk(from BlockID, answer ton.PartialBlockProof, target BlockID, globalID i
 	return key, last, nil
 }
 
-// proveAccount verifies an account of a block, and returns its cell's hash.
-func proveAccount(head BlockID, addr Address, shard *ton.BlockIDExt, shardProof, proof []*cell.Cell) (hash [32]byte, err error) {
+// proveAccount verifies an account of a block, and returns what is proved of it:
+// its cell, or a stand-in with the same hash.
+func proveAccount(head BlockID, addr Address, shard *ton.BlockIDExt, shardProof, proof []*cell.Cell) (found *tlb.ShardAccount, err error) {
 	err = checked("account proof", func() error {
 		if shard == nil || len(shard.RootHash) != 32 || len(shard.FileHash) != 32 || len(shardProof) != 2 || len(proof) != 2 {
 			return fmt.Errorf("%w: it is not there", ErrProof)
@@ -150,7 +151,7 @@ func proveAccount(head BlockID, addr Address, shard *ton.BlockIDExt, shardProof,
 				return fmt.Errorf("%w: it is not there", ErrProof)
 			}
 		}
-		account, _, err := ton.CheckAccountStateProofForShard(addr.std(), head.ext(), proof, shardProof, shard, false)
+		found, _, err = ton.CheckAccountStateProofForShard(addr.std(), head.ext(), proof, shardProof, shard, false)
 		if errors.Is(err, ton.ErrNoAddrInProof) {
 			// Said alike of an account that is not there and of one that the proof
 			// leaves out.
@@ -159,34 +160,36 @@ func proveAccount(head BlockID, addr Address, shard *ton.BlockIDExt, shardProof,
 		if err != nil {
 			return fmt.Errorf("%w: %w", ErrProof, err)
 		}
-		hash = [32]byte(account.Account.Hash(0))
 		return nil
 	})
-	return hash, err
+	return found, err
 }
 
 // An Account is what was proved of an account.
 type Account struct {
 	Address  Address
-	Balance  uint64 // nanotons
-	Code     [32]byte
+	Active   bool       // it has code and data
+	Balance  uint64     // nanotons
+	Code     [32]byte   // the code's hash
 	Data     *cell.Cell // may be a proof that leaves out what was not asked for
 	LastPaid uint32     // Unix time to which rent is paid
 	Cells    uint64     // that it stores, and the bits in them
 	Bits     uint64
 	Head     Head
-	root     *cell.Cell
+
+	// Shard is the account as its chain has it, for running messages on it. Only
+	// View.Account returns it whole.
+	Shard *tlb.ShardAccount
 }
 
-// readAccount takes an active account out of its cell.
-func readAccount(root *cell.Cell, addr Address) (a *Account, err error) {
+// readAccount takes an account out of its cell.
+func readAccount(root *cell.Cell, found *tlb.ShardAccount, addr Address, head Head) (a *Account, err error) {
 	err = checked("account", func() error {
 		var state tlb.AccountState
 		if err := tlb.Parse(&state, root); err != nil {
 			return err
 		}
-		if !state.IsValid || state.Address == nil || state.Address.Workchain() != addr.std().Workchain() ||
-			[32]byte(state.Address.Data()) != addr.ID {
+		if !state.IsValid || state.Address == nil || state.Address.Workchain() != 0 || [32]byte(state.Address.Data()) != addr.ID {
 			return errors.New("it is another account")
 		}
 		balance := state.Balance.Nano()
@@ -194,19 +197,23 @@ func readAccount(root *cell.Cell, addr Address) (a *Account, err error) {
 			return errors.New("its balance is more than there is")
 		}
 		a = &Account{
-			Address: addr, Balance: balance.Uint64(), LastPaid: state.StorageInfo.LastPaid, root: root,
+			Address: addr, Balance: balance.Uint64(), LastPaid: state.StorageInfo.LastPaid, Head: head,
 			Cells: state.StorageInfo.StorageUsed.CellsUsed.Uint64(), Bits: state.StorageInfo.StorageUsed.BitsUsed.Uint64(),
+			Shard: &tlb.ShardAccount{Account: root, LastTransHash: found.LastTransHash, LastTransLT: found.LastTransLT},
 		}
 		if state.Status != tlb.AccountStatusActive {
-			return fmt.Errorf("%w: %s is %s", ErrInactive, addr, state.Status)
+			return nil
 		}
 		if state.StateInit == nil || state.StateInit.Code == nil || state.StateInit.Data == nil {
 			return errors.New("it has no code or no data")
 		}
-		a.Code, a.Data = [32]byte(state.StateInit.Code.Hash(0)), state.StateInit.Data
+		a.Active, a.Code, a.Data = true, [32]byte(state.StateInit.Code.Hash(0)), state.StateInit.Data
 		return nil
 	})
-	return a, err
+	if err != nil {
+		return nil, err
+	}
+	return a, nil
 }
 
 // stack serializes the arguments of a get-method.

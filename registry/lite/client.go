@@ -371,7 +371,8 @@ func (v *View) each(ctx context.Context, use func(*conn) error) error {
 	return failures
 }
 
-// Account proves an account, with all of its data.
+// Account proves an account, with all of its data. It may be inactive: have a
+// balance and nothing else.
 func (v *View) Account(ctx context.Context, addr Address) (a *Account, err error) {
 	query := ton.GetAccountState{ID: v.Head.Block.ext(), Account: ton.AccountID{ID: addr.ID[:]}}
 	err = v.each(ctx, func(conn *conn) error {
@@ -393,18 +394,14 @@ func verifyAccount(head Head, addr Address, answer []byte) (*Account, error) {
 	if err := sameHead(head, state.ID); err != nil {
 		return nil, err
 	}
-	hash, err := proveAccount(head.Block, addr, state.Shard, state.ShardProof, state.Proof)
+	found, err := proveAccount(head.Block, addr, state.Shard, state.ShardProof, state.Proof)
 	if err != nil {
 		return nil, err
 	}
-	if state.State == nil || [32]byte(state.State.Hash()) != hash {
+	if state.State == nil || [32]byte(state.State.Hash()) != [32]byte(found.Account.Hash(0)) {
 		return nil, fmt.Errorf("%w: the state is not the one that is proved", ErrProof)
 	}
-	a, err := readAccount(state.State, addr)
-	if a != nil {
-		a.Head = head
-	}
-	return a, err
+	return readAccount(state.State, found, addr, head)
 }
 
 func sameHead(head Head, id *ton.BlockIDExt) error {
@@ -418,23 +415,91 @@ func sameHead(head Head, id *ton.BlockIDExt) error {
 	return nil
 }
 
+// ProveFrom proves the last block from a key block of the caller's choice, whatever
+// the client remembers, for somebody else who trusts that block. Chain then returns
+// the whole proof.
+func (c *Client) ProveFrom(ctx context.Context, key BlockID) (*View, error) {
+	view := &View{client: c}
+	for _, conn := range c.conns {
+		p, err := c.prove(ctx, conn, Seen{Pin: key, KeyBlock: key, Last: key})
+		if err != nil {
+			view.Failures = append(view.Failures, Failure{conn.server.Address, err})
+			continue
+		}
+		// Nothing of it is remembered: the block is the caller's, not the client's.
+		view.Head, view.chain, view.conns = p.head, p.chain, append(view.conns, conn)
+		return view, nil
+	}
+	return nil, view.Failures
+}
+
+// Chain is what proves the view's head from the key block that the client began at:
+// liteservers' answers, for VerifyChain.
+func (v *View) Chain() [][]byte { return v.chain }
+
+// VerifyChain verifies what Chain returned, and that the head is no older than
+// maxAge.
+func VerifyChain(key, head BlockID, globalID int32, chain [][]byte, maxAge time.Duration, now time.Time) (Head, error) {
+	h := Head{Block: head}
+	c := Client{options: Options{MaxAge: maxAge, Now: func() time.Time { return now }}}
+	if len(chain) == 0 || len(chain) > maxRounds {
+		return h, fmt.Errorf("%w: it has %d parts", ErrProof, len(chain))
+	}
+	if head == key {
+		if len(chain) != 1 {
+			return h, fmt.Errorf("%w: it has %d parts", ErrProof, len(chain))
+		}
+		var err error
+		h.Time, err = keyHeader(chain[0], head, globalID)
+		return h, c.timely(h, err)
+	}
+	for i, answer := range chain {
+		part, err := parse[ton.PartialBlockProof](answer)
+		if err != nil {
+			return h, err
+		}
+		var last link
+		if key, last, err = walk(key, part, head, globalID); err != nil {
+			return h, err
+		}
+		if last.to == head {
+			if i != len(chain)-1 {
+				return h, fmt.Errorf("%w: something follows it", ErrProof)
+			}
+			h.Time = last.time
+			return h, c.timely(h, nil)
+		}
+	}
+	return h, fmt.Errorf("%w: it does not reach block %d", ErrProof, head.SeqNo)
+}
+
+// VerifyMethod verifies an answer that View.MethodAnswer returned.
+func VerifyMethod(head Head, addr Address, code [32]byte, answer []byte) (*Account, error) {
+	return verifyMethod(head, addr, code, answer)
+}
+
 // Method proves of an account what a get-method reads. The liteserver runs it to
 // find that out; its result is not even asked for. The account's code must have
 // this hash.
-func (v *View) Method(ctx context.Context, addr Address, code [32]byte, method string, args ...*big.Int) (a *Account, err error) {
+func (v *View) Method(ctx context.Context, addr Address, code [32]byte, method string, args ...*big.Int) (*Account, error) {
+	a, _, err := v.MethodAnswer(ctx, addr, code, method, args...)
+	return a, err
+}
+
+// MethodAnswer is Method, and returns the liteserver's answer too, for VerifyMethod.
+func (v *View) MethodAnswer(ctx context.Context, addr Address, code [32]byte, method string, args ...*big.Int) (a *Account, answer []byte, err error) {
 	query, err := methodQuery(v.Head.Block, addr, method, args)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	err = v.each(ctx, func(conn *conn) error {
-		answer, err := v.client.query(ctx, conn, query)
-		if err != nil {
+		if answer, err = v.client.query(ctx, conn, query); err != nil {
 			return err
 		}
 		a, err = verifyMethod(v.Head, addr, code, answer)
 		return err
 	})
-	return a, err
+	return a, answer, err
 }
 
 func methodQuery(block BlockID, addr Address, method string, args []*big.Int) (ton.RunSmcMethod, error) {
@@ -458,25 +523,30 @@ func verifyMethod(head Head, addr Address, code [32]byte, answer []byte) (a *Acc
 	if err := sameHead(head, result.ID); err != nil {
 		return nil, err
 	}
-	hash, err := proveAccount(head.Block, addr, result.ShardBlock, result.ShardProof, result.Proof)
+	found, err := proveAccount(head.Block, addr, result.ShardBlock, result.ShardProof, result.Proof)
 	if err != nil {
 		return nil, err
 	}
 	err = checked("state proof", func() error {
+		if result.StateProof == nil && result.ExitCode == ton.ErrCodeContractNotInitialized {
+			return fmt.Errorf("%w: %s, as far as the liteserver says", ErrInactive, addr)
+		}
 		if result.StateProof == nil {
 			return fmt.Errorf("%w: it is not there", ErrProof)
 		}
-		root, err := cell.UnwrapProofVirtualized(result.StateProof, hash[:])
+		root, err := cell.UnwrapProofVirtualized(result.StateProof, found.Account.Hash(0))
 		if err != nil {
 			return fmt.Errorf("%w: %w", ErrProof, err)
 		}
-		a, err = readAccount(root, addr)
+		a, err = readAccount(root, found, addr, head)
 		return err
 	})
 	if err != nil {
 		return nil, err
 	}
-	a.Head = head
+	if !a.Active {
+		return nil, fmt.Errorf("%w: %s", ErrInactive, addr)
+	}
 	if a.Code != code {
 		return nil, fmt.Errorf("%w: at %s it has the hash %x, not %x", ErrCode, addr, a.Code, code)
 	}

@@ -110,8 +110,12 @@ func TestTruth(t *testing.T) {
 	if err := n.chain.Fund(empty, oneTON); err != nil {
 		t.Fatal(err)
 	}
-	if _, _, err := read(t.Context(), c, lite.Address{ID: [32]byte(empty.Data())}); !errors.Is(err, lite.ErrInactive) {
-		t.Errorf("an account without code: %v", err)
+	a, view, err = read(t.Context(), c, lite.Address{ID: [32]byte(empty.Data())})
+	if err != nil || a.Active || a.Balance != 1e9 {
+		t.Errorf("an account without code: %+v, %v", a, err)
+	}
+	if _, err := view.Method(t.Context(), a.Address, [32]byte{}, "seqno"); err == nil {
+		t.Error("a method of an account without code")
 	}
 }
 
