@@ -31,6 +31,9 @@ import (
 // the filter and to become the command.
 const filtered = "CHRYSALIS_CI_CLOCK"
 
+// Only the thread that traces may, and only the main one is traced from the start.
+func init() { runtime.LockOSThread() }
+
 func main() {
 	if os.Getenv(filtered) != "" {
 		fmt.Fprintln(os.Stderr, "clock:", become(os.Args[1:]))
@@ -51,9 +54,14 @@ func main() {
 	os.Exit(status)
 }
 
-// become puts this thread under the filter and executes the command.
+// become waits until it is traced, puts itself under the filter and executes the
+// command.
 func become(args []string) error {
-	runtime.LockOSThread()
+	traced := os.NewFile(3, "traced")
+	if _, err := traced.Read(make([]byte, 1)); err != nil {
+		return fmt.Errorf("the tracer has gone: %w", err)
+	}
+	traced.Close()
 	path, err := exec.LookPath(args[0])
 	if err != nil {
 		return err
@@ -105,20 +113,29 @@ const (
 // trace runs the command and answers for the clock until all that it started has
 // ended. It returns the status that the command ended with.
 func trace(offset int64, args []string) (int, error) {
-	runtime.LockOSThread() // only the thread that traces may
 	self, err := os.Executable()
+	if err != nil {
+		return 1, err
+	}
+	ready, traced, err := os.Pipe()
 	if err != nil {
 		return 1, err
 	}
 	cmd := exec.Command(self, args...)
 	cmd.Env = append(os.Environ(), filtered+"=1")
-	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
-	cmd.SysProcAttr = &unix.SysProcAttr{Ptrace: true}
+	cmd.Stdin, cmd.Stdout, cmd.Stderr, cmd.ExtraFiles = os.Stdin, os.Stdout, os.Stderr, []*os.File{ready}
 	if err := cmd.Start(); err != nil {
 		return 1, err
 	}
+	ready.Close()
 	first, status := cmd.Process.Pid, 1
-	known := map[int]bool{}
+	// Seized, and so will its children be: of these, a stopped one stays stopped.
+	if err := ptrace(unix.PTRACE_SEIZE, first, options); err != nil {
+		return 1, fmt.Errorf("trace it: %w", err)
+	}
+	if _, err := traced.Write([]byte{0}); err != nil {
+		return 1, err
+	}
 	for {
 		var ws unix.WaitStatus
 		pid, err := wait(&ws)
@@ -131,7 +148,6 @@ func trace(offset int64, args []string) (int, error) {
 			return 1, fmt.Errorf("wait: %w", err)
 		}
 		if !ws.Stopped() {
-			delete(known, pid)
 			if pid == first {
 				if status = ws.ExitStatus(); ws.Signaled() {
 					status = 128 + int(ws.Signal())
@@ -139,31 +155,32 @@ func trace(offset int64, args []string) (int, error) {
 			}
 			continue
 		}
-		signal := 0
-		switch {
-		case !known[pid]:
-			known[pid] = true
-			if pid == first {
-				err = unix.PtraceSetOptions(pid, options)
-			}
-			// The stop that a new process begins with.
-			if s := ws.StopSignal(); s != unix.SIGSTOP && s != unix.SIGTRAP {
-				signal = int(s)
-			}
-		case ws.TrapCause() == unix.PTRACE_EVENT_SECCOMP:
+		request, signal := unix.PTRACE_CONT, 0
+		switch event := int(ws>>16) & 0xff; {
+		case event == unix.PTRACE_EVENT_SECCOMP:
 			err = answer(pid, offset)
-		case ws.TrapCause() == unix.PTRACE_EVENT_EXEC:
+		case event == unix.PTRACE_EVENT_EXEC:
 			err = hideVDSO(pid)
-		case ws.StopSignal() != unix.SIGTRAP:
+		case event == unix.PTRACE_EVENT_STOP && ws.StopSignal() != unix.SIGTRAP:
+			request = unix.PTRACE_LISTEN // until it is continued
+		case event == 0:
 			signal = int(ws.StopSignal())
 		}
 		if err == nil {
-			err = unix.PtraceCont(pid, signal)
+			err = ptrace(request, pid, signal)
 		}
 		if err != nil && !errors.Is(err, unix.ESRCH) { // it was killed meanwhile
 			return 1, fmt.Errorf("process %d: %w", pid, err)
 		}
 	}
+}
+
+func ptrace(request, pid, data int) error {
+	_, _, errno := unix.RawSyscall6(unix.SYS_PTRACE, uintptr(request), uintptr(pid), 0, uintptr(data), 0, 0)
+	if errno != 0 {
+		return errno
+	}
+	return nil
 }
 
 // wait waits for any process. It does not tell Go's scheduler, for which there is

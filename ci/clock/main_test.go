@@ -45,6 +45,19 @@ func TestClock(t *testing.T) {
 		t.Fatalf("%v: %s", err, out)
 	}
 	const python = "import threading, time; e = threading.Event(); e.wait(0.01); print(int(time.time()))"
+	// As mkosi waits for a child's new user namespace.
+	const stopped = `
+import os, signal, time
+pid = os.fork()
+if pid == 0:
+    os.kill(os.getpid(), signal.SIGSTOP)
+    os._exit(0)
+assert os.waitid(os.P_PID, pid, os.WEXITED | os.WSTOPPED | os.WNOWAIT).si_code == os.CLD_STOPPED
+time.sleep(0.05)
+assert "(stopped" in open(f"/proc/{pid}/status").read() or "tracing stop" in open(f"/proc/{pid}/status").read()
+os.kill(pid, signal.SIGCONT)
+assert os.waitpid(pid, 0)[1] == 0
+print(int(time.time()))`
 	for _, c := range []struct {
 		name string
 		args []string
@@ -54,6 +67,7 @@ func TestClock(t *testing.T) {
 		{"child of a child", []string{"sh", "-c", "(sleep 0; date +%s)"}},
 		{"another user", []string{"setpriv", "--reuid", "61234", "--clear-groups", "date", "+%s"}},
 		{"other namespaces", []string{"unshare", "--pid", "--fork", "--net", "--mount", "date", "+%s"}},
+		{"stopped child", []string{"python3", "-c", stopped}},
 		{"Python", []string{"python3", "-c", python}},
 	} {
 		for _, offset := range []int64{-860000000, 600000000} {
