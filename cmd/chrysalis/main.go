@@ -20,9 +20,10 @@ type cli struct {
 	Logs   LogsCmd   `cmd:"" help:"Show what a VM and its programs wrote."`
 	Chat   ChatCmd   `cmd:"" help:"Ask a VM a question."`
 
-	Image imageCommands `cmd:"" help:"Build what a VM boots."`
-	Model modelCommands `cmd:"" help:"Make and look at model disks."`
-	Audit AuditCmd      `cmd:"" help:"Build a release again and tell whether it is the same."`
+	Image  imageCommands  `cmd:"" help:"Build what a VM boots."`
+	Model  modelCommands  `cmd:"" help:"Make and look at model disks."`
+	Engine engineCommands `cmd:"" help:"Make engine disks."`
+	Audit  AuditCmd       `cmd:"" help:"Build a release again and tell whether it is the same."`
 
 	Supervise SuperviseCmd `cmd:"" hidden:""`
 }
