@@ -23,9 +23,10 @@ type cli struct {
 
 	GPU gpuCommands `cmd:"" name:"gpu" help:"Hand GPUs to VMs and back."`
 
-	Image imageCommands `cmd:"" help:"Build what a VM boots."`
-	Model modelCommands `cmd:"" help:"Make and look at model disks."`
-	Audit AuditCmd      `cmd:"" help:"Build a release again and tell whether it is the same."`
+	Image  imageCommands  `cmd:"" help:"Build what a VM boots."`
+	Model  modelCommands  `cmd:"" help:"Make and look at model disks."`
+	Engine engineCommands `cmd:"" help:"Make engine disks."`
+	Audit  AuditCmd       `cmd:"" help:"Build a release again and tell whether it is the same."`
 
 	Measure measureCommands `cmd:"" help:"Predict what a VM measures, and say why one differs."`
 
