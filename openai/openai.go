@@ -18,6 +18,7 @@ import (
 type Client struct {
 	Endpoint string       // https://HOST:PORT, without /v1
 	HTTP     *http.Client // how to reach it; http.DefaultClient when nil
+	Token    string       // sent as a bearer token, if there is one
 }
 
 // Message is one turn of a chat.
@@ -163,6 +164,9 @@ func (c *Client) do(ctx context.Context, method, path string, body []byte) (*htt
 	}
 	if body != nil {
 		request.Header.Set("Content-Type", "application/json")
+	}
+	if c.Token != "" {
+		request.Header.Set("Authorization", "Bearer "+c.Token)
 	}
 	client := c.HTTP
 	if client == nil {

@@ -24,6 +24,7 @@ type ChatCmd struct {
 	System      string   `placeholder:"TEXT" help:"A system message before the question."`
 	MaxTokens   *int     `placeholder:"N" help:"The longest answer, in tokens."`
 	Temperature *float64 `placeholder:"T" help:"0 always takes the likeliest token."`
+	TokenFile   string   `placeholder:"FILE" help:"A file with the token that the VM asks for."`
 	Checks      bool     `help:"Show every check before the answer."`
 	JSON        bool     `name:"json" help:"Print one JSON document with the whole answer."`
 }
@@ -57,7 +58,11 @@ func (c *ChatCmd) Run(ctx context.Context) error {
 	if !c.Checks && !verdict.Confidential {
 		fmt.Fprintln(os.Stderr, "note:", conclusion(session))
 	}
-	client := &openai.Client{Endpoint: endpoint, HTTP: &http.Client{
+	token, err := readToken(c.TokenFile)
+	if err != nil {
+		return err
+	}
+	client := &openai.Client{Endpoint: endpoint, Token: token, HTTP: &http.Client{
 		Transport:     transport,
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	}}

@@ -21,6 +21,8 @@ type cli struct {
 	Verify verifyCommands `cmd:"" help:"Check that a VM is a published one, before anything is sent."`
 	Chat   ChatCmd        `cmd:"" help:"Ask a verified VM a question."`
 
+	Proxy ProxyCmd `cmd:"" help:"Serve a local OpenAI-compatible API that forwards to verified VMs only."`
+
 	Image imageCommands `cmd:"" help:"Build what a VM boots."`
 	Model modelCommands `cmd:"" help:"Make and look at model disks."`
 	Audit AuditCmd      `cmd:"" help:"Build a release again and tell whether it is the same."`
