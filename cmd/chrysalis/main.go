@@ -27,6 +27,8 @@ type cli struct {
 	Model modelCommands `cmd:"" help:"Make and look at model disks."`
 	Audit AuditCmd      `cmd:"" help:"Build a release again and tell whether it is the same."`
 
+	Measure measureCommands `cmd:"" help:"Predict what a VM measures, and say why one differs."`
+
 	Supervise SuperviseCmd `cmd:"" hidden:""`
 }
 
