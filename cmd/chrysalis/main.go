@@ -20,6 +20,7 @@ type cli struct {
 	Logs   LogsCmd        `cmd:"" help:"Show what a VM and its programs wrote."`
 	Verify verifyCommands `cmd:"" help:"Check that a VM is a published one, before anything is sent."`
 	Chat   ChatCmd        `cmd:"" help:"Ask a verified VM a question."`
+	Proxy  ProxyCmd       `cmd:"" help:"Serve a local OpenAI-compatible API that forwards to verified VMs only."`
 
 	GPU gpuCommands `cmd:"" name:"gpu" help:"Hand GPUs to VMs and back."`
 
