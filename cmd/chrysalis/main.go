@@ -20,7 +20,8 @@ type cli struct {
 	Logs   LogsCmd   `cmd:"" help:"Show what a VM and its programs wrote."`
 	Chat   ChatCmd   `cmd:"" help:"Ask a VM a question."`
 
-	GPU gpuCommands `cmd:"" name:"gpu" help:"Hand GPUs to VMs and back."`
+	Doctor DoctorCmd   `cmd:"" help:"Tell what this machine lacks, and how to mend it."`
+	GPU    gpuCommands `cmd:"" name:"gpu" help:"Hand GPUs to VMs and back."`
 
 	Image imageCommands `cmd:"" help:"Build what a VM boots."`
 	Model modelCommands `cmd:"" help:"Make and look at model disks."`
