@@ -22,7 +22,8 @@ type cli struct {
 	Chat   ChatCmd        `cmd:"" help:"Ask a verified VM a question."`
 	Proxy  ProxyCmd       `cmd:"" help:"Serve a local OpenAI-compatible API that forwards to verified VMs only."`
 
-	GPU gpuCommands `cmd:"" name:"gpu" help:"Hand GPUs to VMs and back."`
+	Doctor DoctorCmd   `cmd:"" help:"Tell what this machine lacks, and how to mend it."`
+	GPU    gpuCommands `cmd:"" name:"gpu" help:"Hand GPUs to VMs and back."`
 
 	Image  imageCommands  `cmd:"" help:"Build what a VM boots."`
 	Model  modelCommands  `cmd:"" help:"Make and look at model disks."`
