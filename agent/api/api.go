@@ -21,6 +21,7 @@ package api
 
 import (
 	"context"
+	"crypto/sha256"
 	"crypto/tls"
 	"encoding/json"
 	"io"
@@ -34,6 +35,7 @@ import (
 	"time"
 
 	"chrysalis/agent/port"
+	"chrysalis/attest/evidence"
 	"chrysalis/manifest"
 )
 
@@ -53,10 +55,16 @@ const (
 type Config struct {
 	Models []manifest.Model
 	Limits manifest.Limits
+	// Tokens are the hashes of the tokens that are let in (manifest.Manifest). None
+	// let everybody in.
+	Tokens []string
 	// Certificate holds the TLS key made at boot.
 	Certificate tls.Certificate
-	// Engine dials the engine's socket.
-	Engine func(context.Context) (net.Conn, error)
+	// Engine dials the socket of the engine that serves a model, an index of Models.
+	Engine func(ctx context.Context, model int) (net.Conn, error)
+	// Evidence returns an attest/evidence document that lists the nonce. It may take
+	// as long as a quote does.
+	Evidence func(ctx context.Context, nonce [evidence.NonceSize]byte) ([]byte, error)
 	// Ready reports whether the engine answers.
 	Ready func() bool
 	// FirstClient is called once, before a byte of the first client is read. May
@@ -73,6 +81,7 @@ type Config struct {
 // Server is the inference port's server.
 type Server struct {
 	engine    *http.Transport
+	evidence  func(context.Context, [evidence.NonceSize]byte) ([]byte, error)
 	ready     func() bool
 	first     func()
 	counters  *Counters
@@ -83,8 +92,10 @@ type Server struct {
 	bodyTotal time.Duration
 	places    chan struct{}     // one for each request in the engine
 	names     map[string]string // what a client may call a model, and what the engine is told
+	engines   map[string]int    // a model's index, by what its engine is told
 	models    []byte            // the answer to /v1/models
-	memory    atomic.Int64      // bytes left for bodies and held answers
+	tokens    [][sha256.Size]byte
+	memory    atomic.Int64 // bytes left for bodies and held answers
 	waiting   waiting
 	draining  atomic.Bool
 	http      *http.Server
@@ -95,6 +106,7 @@ type Server struct {
 // validated.
 func New(c Config) *Server {
 	s := &Server{
+		evidence: c.Evidence,
 		ready:    c.Ready,
 		first:    c.FirstClient,
 		counters: c.Counters,
@@ -104,7 +116,9 @@ func New(c Config) *Server {
 		waiting:  waiting{since: map[net.Conn]wait{}},
 		places:   make(chan struct{}, c.Limits.Concurrency),
 		names:    map[string]string{},
+		engines:  map[string]int{},
 		models:   modelList(c.Models),
+		tokens:   tokenHashes(c.Tokens),
 		tls: &tls.Config{
 			Certificates: []tls.Certificate{c.Certificate},
 			MinVersion:   tls.VersionTLS13,
@@ -117,9 +131,12 @@ func New(c Config) *Server {
 	if s.counters == nil {
 		s.counters = new(Counters)
 	}
-	for _, m := range c.Models {
-		s.names[m.Name] = m.Name
-		s.names[m.ID()] = m.Name
+	for i, m := range c.Models {
+		// A client that wants one model and no other says its root hash, too.
+		for _, name := range []string{m.Name, m.ID(), m.ID() + ":" + m.Disk.RootHash} {
+			s.names[name] = m.Name
+		}
+		s.engines[m.Name] = i
 	}
 	memory := c.BodyMemory
 	if memory == 0 {
@@ -191,7 +208,7 @@ func modelList(models []manifest.Model) []byte {
 	}{Object: "list", Data: []entry{}}
 	for _, m := range models {
 		org, _, _ := strings.Cut(m.Name, "/")
-		list.Data = append(list.Data, entry{m.Name, "model", 0, org, m.Revision, m.Disk.RootHash})
+		list.Data = append(list.Data, entry{m.ID(), "model", 0, org, m.Revision, m.Disk.RootHash})
 	}
 	body, err := json.Marshal(list)
 	if err != nil {
@@ -233,9 +250,13 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 
 // handle is the way of every request, in order of what it costs to refuse it.
 func (s *Server) handle(x *exchange) error {
-	rt, err := find(x.w, x.r)
+	rt, query, err := find(x.w, x.r)
 	if err != nil {
 		return err
+	}
+	if !rt.open && !s.admits(x.r) {
+		x.w.Header().Set("WWW-Authenticate", "Bearer")
+		return errToken
 	}
 	if rt.fields == nil {
 		if x.r.ContentLength != 0 {
@@ -243,6 +264,9 @@ func (s *Server) handle(x *exchange) error {
 		}
 		if s.draining.Load() {
 			return errDraining
+		}
+		if rt.query {
+			return x.evidence(query)
 		}
 		return x.answer(http.StatusOK, s.models)
 	}
@@ -290,24 +314,24 @@ func (s *Server) handle(x *exchange) error {
 	return x.forward(req)
 }
 
-// find looks a request up in the table. The path is compared as it was sent:
-// nothing is unescaped, cleaned or redirected.
-func find(w http.ResponseWriter, r *http.Request) (*route, *apiError) {
-	path, _, query := strings.Cut(r.RequestURI, "?")
+// find looks a request up in the table, and returns its query as well. The path
+// is compared as it was sent: nothing is unescaped, cleaned or redirected.
+func find(w http.ResponseWriter, r *http.Request) (*route, string, *apiError) {
+	path, query, asked := strings.Cut(r.RequestURI, "?")
 	for i := range routes {
 		rt := &routes[i]
 		switch {
 		case rt.path != path:
 		case rt.method != r.Method:
 			w.Header().Set("Allow", rt.method)
-			return nil, errMethod
-		case query:
-			return nil, errQuery
+			return nil, "", errMethod
+		case asked && !rt.query:
+			return nil, "", errQuery
 		default:
-			return rt, nil
+			return rt, query, nil
 		}
 	}
-	return nil, errPath
+	return nil, "", errPath
 }
 
 func (s *Server) available() *apiError {

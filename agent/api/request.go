@@ -18,6 +18,7 @@ type request struct {
 	route  *route
 	values [][]byte // beside route.fields; nil where absent
 	stream bool
+	model  string // what its engine is told
 }
 
 // parse checks a body against a route's fields. names maps what a client may call
@@ -61,6 +62,7 @@ func parse(rt *route, names map[string]string, body []byte) (*request, *apiError
 			if !ok {
 				return nil, &apiError{status: http.StatusNotFound, code: "model_not_found", param: "model", message: "this VM does not serve that model; see /v1/models"}
 			}
+			req.model = name
 			req.values[i] = strconv.AppendQuote(nil, name) // plain ASCII: the manifest says so
 		case f.name == "stream":
 			req.stream = req.values[i][0] == 't'

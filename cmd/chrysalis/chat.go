@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"crypto/tls"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -10,40 +9,56 @@ import (
 	"net/url"
 	"os"
 	"strings"
-	"time"
 
 	"chrysalis/launcher"
 	"chrysalis/openai"
 	"chrysalis/terminal"
 )
 
-// ChatCmd asks a VM a question.
+// ChatCmd asks a VM a question, having verified it.
 type ChatCmd struct {
+	trustFlags
 	Question    string   `arg:"" help:"What to ask."`
 	Endpoint    string   `default:"default" placeholder:"URL|NAME" help:"Where to ask: https://HOST:PORT, or the name of a VM on this machine (default: ${default})."`
 	Model       string   `help:"The model (default: the first that is served)."`
 	System      string   `placeholder:"TEXT" help:"A system message before the question."`
 	MaxTokens   *int     `placeholder:"N" help:"The longest answer, in tokens."`
 	Temperature *float64 `placeholder:"T" help:"0 always takes the likeliest token."`
+	Checks      bool     `help:"Show every check before the answer."`
 	JSON        bool     `name:"json" help:"Print one JSON document with the whole answer."`
 }
 
 // Run streams the answer to standard output.
 func (c *ChatCmd) Run(ctx context.Context) error {
-	endpoint, err := chatEndpoint(ctx, c.Endpoint)
+	t, err := c.load()
 	if err != nil {
-		return err
+		return &exitError{exitNotChecked, err}
 	}
-	fmt.Fprintln(os.Stderr, "note: the evidence of this VM is not verified yet; do not send it anything confidential")
+	endpoint, err := findEndpoint(ctx, c.Endpoint)
+	if err != nil {
+		return &exitError{exitNotChecked, err}
+	}
+	transport := t.transport()
+	defer transport.CloseIdleConnections()
+	// The checks first: whoever reads along sees that nothing was sent before.
+	session, err := transport.Attest(ctx, endpoint)
+	if session != nil && (c.Checks || !session.Verdict.OK) {
+		if err := printVerdict(os.Stderr, session); err != nil {
+			return err
+		}
+	}
+	if err != nil {
+		if session != nil {
+			return verdictError(session.Verdict)
+		}
+		return &exitError{exitNotChecked, cleanError(err)}
+	}
+	verdict := session.Verdict
+	if !c.Checks && !verdict.Confidential {
+		fmt.Fprintln(os.Stderr, "note:", conclusion(session))
+	}
 	client := &openai.Client{Endpoint: endpoint, HTTP: &http.Client{
-		Transport: &http.Transport{
-			// The VM makes its key at boot and no authority vouches for it: what
-			// will is the evidence, whose verification is not there yet. Until
-			// then this only proves that some TLS 1.3 server answers.
-			TLSClientConfig:       &tls.Config{MinVersion: tls.VersionTLS13, InsecureSkipVerify: true},
-			TLSHandshakeTimeout:   30 * time.Second,
-			ResponseHeaderTimeout: 15 * time.Minute,
-		},
+		Transport:     transport,
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	}}
 	model := c.Model
@@ -87,14 +102,15 @@ func (c *ChatCmd) Run(ctx context.Context) error {
 			Model  string `json:"model"`
 			Answer string `json:"answer"`
 			openai.Result
-			Verified bool `json:"verified"`
-		}{model, answer.String(), result, false})
+			Verified     bool `json:"verified"`
+			Confidential bool `json:"confidential"`
+		}{model, answer.String(), result, verdict.OK, verdict.Confidential})
 	}
 	return nil
 }
 
-// chatEndpoint returns the URL that a URL or the name of a running VM stands for.
-func chatEndpoint(ctx context.Context, where string) (string, error) {
+// findEndpoint returns the URL that a URL or the name of a running VM stands for.
+func findEndpoint(ctx context.Context, where string) (string, error) {
 	if strings.Contains(where, "://") {
 		u, err := url.Parse(where)
 		if err != nil || u.Scheme != "https" || u.Host == "" || strings.Trim(u.Path, "/") != "" || u.RawQuery != "" || u.Fragment != "" {

@@ -14,11 +14,14 @@ import (
 )
 
 type cli struct {
-	Up     UpCmd     `cmd:"" help:"Boot a VM and wait until it serves."`
-	Down   DownCmd   `cmd:"" help:"Drain a VM and stop it."`
-	Status StatusCmd `cmd:"" help:"Show the VMs on this machine."`
-	Logs   LogsCmd   `cmd:"" help:"Show what a VM and its programs wrote."`
-	Chat   ChatCmd   `cmd:"" help:"Ask a VM a question."`
+	Up     UpCmd          `cmd:"" help:"Boot a VM and wait until it serves."`
+	Down   DownCmd        `cmd:"" help:"Drain a VM and stop it."`
+	Status StatusCmd      `cmd:"" help:"Show the VMs on this machine."`
+	Logs   LogsCmd        `cmd:"" help:"Show what a VM and its programs wrote."`
+	Verify verifyCommands `cmd:"" help:"Check that a VM is a published one, before anything is sent."`
+	Chat   ChatCmd        `cmd:"" help:"Ask a verified VM a question."`
+
+	GPU gpuCommands `cmd:"" name:"gpu" help:"Hand GPUs to VMs and back."`
 
 	Image imageCommands `cmd:"" help:"Build what a VM boots."`
 	Model modelCommands `cmd:"" help:"Make and look at model disks."`
