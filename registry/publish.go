@@ -394,7 +394,13 @@ type Publication struct {
 	Record    []byte // canonical JSON
 	NotBefore time.Time
 	NotAfter  time.Time
+
+	// Keep leaves the validity of a record that is published already as it is, unless
+	// less than keepFor of it is left.
+	Keep bool
 }
+
+const keepFor = 30 * 24 * time.Hour
 
 // Publish publishes a record, or changes its validity.
 func Publish(r Publication) Operation {
@@ -434,8 +440,12 @@ func Publish(r Publication) Operation {
 				return "", fmt.Errorf("%w, which is final: %v", ErrRevoked, r.Key)
 			case e.Kind != r.Kind:
 				return "", fmt.Errorf("%w: the registry has it as %v", ErrOtherKind, e.Kind)
-			case e.Status == contract.Active && e.Hash == sha256.Sum256(r.Record) && e.NotBefore == put.NotBefore && e.NotAfter == put.NotAfter:
-				return fmt.Sprintf("%v %v is published", e.Kind, r.Key), nil
+			case e.Status != contract.Active || e.Hash != sha256.Sum256(r.Record):
+				return "", nil
+			}
+			keep := r.Keep && e.NotBefore <= uint64(view.Head.Time) && e.NotAfter >= min(put.NotAfter, uint64(view.Head.Time)+uint64(keepFor/time.Second))
+			if keep || e.NotBefore == put.NotBefore && e.NotAfter == put.NotAfter {
+				return fmt.Sprintf("%v %v is published, valid until %s", e.Kind, r.Key, time.Unix(int64(e.NotAfter), 0).UTC().Format(time.DateOnly)), nil
 			}
 			return "", nil
 		},

@@ -74,7 +74,7 @@ func testKey(kind contract.Kind, record []byte) ([32]byte, error) {
 func publication(name, rest string) Publication {
 	record := fmt.Appendf(nil, `{"a":"%s","b":"%s"}`, name, rest)
 	key, _ := testKey(contract.Image, record)
-	return Publication{contract.Image, key, record, time.Unix(1, 0), time.Now().Add(time.Hour)}
+	return Publication{Kind: contract.Image, Key: key, Record: record, NotBefore: time.Unix(1, 0), NotAfter: time.Now().Add(time.Hour)}
 }
 
 func (n *net) publisher(seed byte, version string) *Publisher {

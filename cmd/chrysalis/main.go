@@ -27,6 +27,9 @@ type cli struct {
 	Model modelCommands `cmd:"" help:"Make and look at model disks."`
 	Audit AuditCmd      `cmd:"" help:"Build a release again and tell whether it is the same."`
 
+	Registry registryCommands `cmd:"" help:"Publish on TON what may be measured, and read it without trusting anyone."`
+	Devnet   DevnetCmd        `cmd:"" help:"Run a local TON chain."`
+
 	Supervise SuperviseCmd `cmd:"" hidden:""`
 }
 
