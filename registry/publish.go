@@ -58,6 +58,9 @@ type Operation struct {
 	init  func(p *Publisher) *tlb.StateInit
 	body  func(p *Publisher, queryID uint64) (*cell.Cell, error)
 
+	// explain says what an exit code of the contract means; nil is contract.Explain.
+	explain func(exitCode int32) string
+
 	// done reports, with words, whether nothing is left to do. Its error is a reason
 	// not to send anything.
 	done func(ctx context.Context, p *Publisher, view *lite.View) (why string, err error)
@@ -192,7 +195,11 @@ func (p *Publisher) rehearse(ctx context.Context, view *lite.View, plan *Plan, w
 		if tx.Account == plan.To.ID {
 			reached = true
 			if tx.Exit != 0 {
-				return fmt.Errorf("%w: %s", ErrRefused, contract.Explain(tx.Exit))
+				explain := plan.operation.explain
+				if explain == nil {
+					explain = contract.Explain
+				}
+				return fmt.Errorf("%w: %s", ErrRefused, explain(tx.Exit))
 			}
 		}
 	}

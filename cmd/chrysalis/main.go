@@ -28,6 +28,7 @@ type cli struct {
 	Audit AuditCmd      `cmd:"" help:"Build a release again and tell whether it is the same."`
 
 	Registry registryCommands `cmd:"" help:"Publish on TON what may be measured, and read it without trusting anyone."`
+	Listing  listingCommands  `cmd:"" help:"Offer workers, and find them."`
 	Devnet   DevnetCmd        `cmd:"" help:"Run a local TON chain."`
 
 	Supervise SuperviseCmd `cmd:"" hidden:""`

@@ -348,7 +348,7 @@ type RegistryShowCmd struct {
 	Key        registry.Key   `arg:"" help:"The record's key."`
 	FromBundle string         `name:"bundle" type:"existingfile" placeholder:"FILE" help:"Read it from a bundle, without a connection."`
 	BundleAge  time.Duration  `default:"24h" help:"How old a bundle may be (default: ${default})."`
-	Auditor    []registry.Key `placeholder:"KEY" help:"An auditor whose signature counts; repeat it for more."`
+	Auditor    []registry.Key `placeholder:"KEY" sep:"none" help:"An auditor whose signature counts; repeat it for more."`
 	Signatures int            `help:"How many of these auditors must have signed."`
 	Deprecated bool           `name:"allow-deprecated" help:"A deprecated record is good enough."`
 }
