@@ -5,6 +5,7 @@
 #   make image   the UKI, the disks and their manifest, in out/
 #   make release the same, and their hashes, in release.json, to be committed
 #   make repro   two builds in different conditions, compared bit for bit
+#   make contract the contracts' code, from their source
 #   make bench   the figures of docs/performance.md
 #   make lint    formatting, vet and static checks
 #   make clean   what make made in this folder; caches stay
@@ -15,7 +16,7 @@ mirrors = $(foreach m,$(MIRROR),--mirror $(m))
 
 chrysalis = bin/chrysalis
 
-.PHONY: demo test image release repro bench lint clean deps test-deps
+.PHONY: demo test image release repro contract bench lint clean deps test-deps
 
 deps:
 	@ci/install-deps build
@@ -41,6 +42,9 @@ demo: image
 
 test: test-deps image
 	@ci/test
+
+contract: test-deps
+	@ci/contract write
 
 repro: deps
 	@ci/repro

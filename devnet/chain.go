@@ -10,6 +10,7 @@
 package devnet
 
 import (
+	"bytes"
 	"crypto/rand"
 	"crypto/sha256"
 	"errors"
@@ -19,6 +20,7 @@ import (
 	"math/big"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"time"
 
@@ -501,4 +503,52 @@ func mint(to *address.Address, nano *big.Int, lt uint64, now uint32) (*cell.Cell
 		CreatedLT:   lt, CreatedAt: now,
 		Body: cell.BeginCell().EndCell(),
 	})
+}
+
+// A Summary is what an explorer shows of a block.
+type Summary struct {
+	ID           *ton.BlockIDExt
+	Shard        *ton.BlockIDExt
+	Time         time.Time
+	Key          bool
+	Transactions []Ran
+}
+
+// Ran is a transaction of a block.
+type Ran struct {
+	Account *address.Address
+	LT      uint64
+	Hash    []byte
+}
+
+// Blocks are the last blocks, at most n, the newest first.
+func (c *Chain) Blocks(n int) []Summary {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	var list []Summary
+	for seqno := c.head.id.SeqNo; seqno > 0 && len(list) < n; seqno-- {
+		b := c.blocks[seqno]
+		if b == nil {
+			continue // forgotten
+		}
+		s := Summary{ID: b.id, Shard: b.shard.id, Time: time.Unix(int64(b.time), 0).UTC(), Key: b.key}
+		if before := c.blocks[seqno-1]; before == nil || !sameBlock(before.shard.id, b.shard.id) {
+			for _, tx := range b.shard.txs {
+				s.Transactions = append(s.Transactions, Ran{address.NewAddress(0, 0, tx.Account[:]), tx.LT, tx.Cell.Hash()})
+			}
+		}
+		list = append(list, s)
+	}
+	return list
+}
+
+// Accounts are the addresses of all accounts.
+func (c *Chain) Accounts() []*address.Address {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	var list []*address.Address
+	for _, id := range slices.SortedFunc(maps.Keys(c.ledger.Accounts), func(a, b [32]byte) int { return bytes.Compare(a[:], b[:]) }) {
+		list = append(list, address.NewAddress(0, 0, id[:]))
+	}
+	return list
 }

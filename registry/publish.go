@@ -58,6 +58,9 @@ type Operation struct {
 	init  func(p *Publisher) *tlb.StateInit
 	body  func(p *Publisher, queryID uint64) (*cell.Cell, error)
 
+	// explain says what an exit code of the contract means; nil is contract.Explain.
+	explain func(exitCode int32) string
+
 	// done reports, with words, whether nothing is left to do. Its error is a reason
 	// not to send anything.
 	done func(ctx context.Context, p *Publisher, view *lite.View) (why string, err error)
@@ -192,7 +195,11 @@ func (p *Publisher) rehearse(ctx context.Context, view *lite.View, plan *Plan, w
 		if tx.Account == plan.To.ID {
 			reached = true
 			if tx.Exit != 0 {
-				return fmt.Errorf("%w: %s", ErrRefused, contract.Explain(tx.Exit))
+				explain := plan.operation.explain
+				if explain == nil {
+					explain = contract.Explain
+				}
+				return fmt.Errorf("%w: %s", ErrRefused, explain(tx.Exit))
 			}
 		}
 	}
@@ -394,7 +401,13 @@ type Publication struct {
 	Record    []byte // canonical JSON
 	NotBefore time.Time
 	NotAfter  time.Time
+
+	// Keep leaves the validity of a record that is published already as it is, unless
+	// less than keepFor of it is left.
+	Keep bool
 }
+
+const keepFor = 30 * 24 * time.Hour
 
 // Publish publishes a record, or changes its validity.
 func Publish(r Publication) Operation {
@@ -434,8 +447,12 @@ func Publish(r Publication) Operation {
 				return "", fmt.Errorf("%w, which is final: %v", ErrRevoked, r.Key)
 			case e.Kind != r.Kind:
 				return "", fmt.Errorf("%w: the registry has it as %v", ErrOtherKind, e.Kind)
-			case e.Status == contract.Active && e.Hash == sha256.Sum256(r.Record) && e.NotBefore == put.NotBefore && e.NotAfter == put.NotAfter:
-				return fmt.Sprintf("%v %v is published", e.Kind, r.Key), nil
+			case e.Status != contract.Active || e.Hash != sha256.Sum256(r.Record):
+				return "", nil
+			}
+			keep := r.Keep && e.NotBefore <= uint64(view.Head.Time) && e.NotAfter >= min(put.NotAfter, uint64(view.Head.Time)+uint64(keepFor/time.Second))
+			if keep || e.NotBefore == put.NotBefore && e.NotAfter == put.NotAfter {
+				return fmt.Sprintf("%v %v is published, valid until %s", e.Kind, r.Key, time.Unix(int64(e.NotAfter), 0).UTC().Format(time.DateOnly)), nil
 			}
 			return "", nil
 		},

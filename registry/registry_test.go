@@ -20,8 +20,8 @@ import (
 
 var tenTON = big.NewInt(10e9)
 
-// net is a chain with liteservers, and a client that asks them.
-type net struct {
+// testNet is a chain with liteservers, and a client that asks them.
+type testNet struct {
 	*testing.T
 	chain   *devnet.Chain
 	servers []*devnet.Server
@@ -29,14 +29,14 @@ type net struct {
 	reader  Reader
 }
 
-func newNet(t *testing.T, servers int) *net {
+func newNet(t *testing.T, servers int) *testNet {
 	t.Helper()
 	c, err := devnet.Open(devnet.Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { c.Close() })
-	n := &net{T: t, chain: c, network: lite.Network{GlobalID: c.GlobalID()}}
+	n := &testNet{T: t, chain: c, network: lite.Network{GlobalID: c.GlobalID()}}
 	for range servers {
 		s, err := c.Serve("127.0.0.1:0")
 		if err != nil {
@@ -52,7 +52,7 @@ func newNet(t *testing.T, servers int) *net {
 	return n
 }
 
-func (n *net) newReader() Reader {
+func (n *testNet) newReader() Reader {
 	client, err := lite.New(n.network, lite.Options{Timeout: 2 * time.Second})
 	if err != nil {
 		n.Fatal(err)
@@ -74,10 +74,10 @@ func testKey(kind contract.Kind, record []byte) ([32]byte, error) {
 func publication(name, rest string) Publication {
 	record := fmt.Appendf(nil, `{"a":"%s","b":"%s"}`, name, rest)
 	key, _ := testKey(contract.Image, record)
-	return Publication{contract.Image, key, record, time.Unix(1, 0), time.Now().Add(time.Hour)}
+	return Publication{Kind: contract.Image, Key: key, Record: record, NotBefore: time.Unix(1, 0), NotAfter: time.Now().Add(time.Hour)}
 }
 
-func (n *net) publisher(seed byte, version string) *Publisher {
+func (n *testNet) publisher(seed byte, version string) *Publisher {
 	n.Helper()
 	w, err := NewWallet(ed25519.NewKeyFromSeed(bytes.Repeat([]byte{seed}, 32)), version, n.chain.GlobalID())
 	if err != nil {
@@ -86,7 +86,7 @@ func (n *net) publisher(seed byte, version string) *Publisher {
 	return &Publisher{Reader: n.reader, Wallet: w, Registry: AddressOfWallet(w), Wait: 10 * time.Second}
 }
 
-func (n *net) fund(p *Publisher) {
+func (n *testNet) fund(p *Publisher) {
 	n.Helper()
 	if err := n.chain.Fund(p.Wallet.Address.Std(), tenTON); err != nil {
 		n.Fatal(err)
@@ -94,7 +94,7 @@ func (n *net) fund(p *Publisher) {
 }
 
 // do does an operation, and again, when nothing must be left to do.
-func (n *net) do(p *Publisher, op Operation) {
+func (n *testNet) do(p *Publisher, op Operation) {
 	n.Helper()
 	plan, err := p.Do(n.Context(), op)
 	if err != nil || plan.Nothing != "" {
@@ -110,7 +110,7 @@ func (n *net) do(p *Publisher, op Operation) {
 	}
 }
 
-func (n *net) view() *lite.View {
+func (n *testNet) view() *lite.View {
 	n.Helper()
 	view, err := n.reader.Client.Sync(n.Context())
 	if err != nil {
@@ -119,7 +119,7 @@ func (n *net) view() *lite.View {
 	return view
 }
 
-func (n *net) record(registry lite.Address, key Key) *Record {
+func (n *testNet) record(registry lite.Address, key Key) *Record {
 	n.Helper()
 	r, err := n.reader.Record(n.Context(), n.view(), registry, key)
 	if err != nil {

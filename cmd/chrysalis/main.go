@@ -32,6 +32,10 @@ type cli struct {
 
 	Measure measureCommands `cmd:"" help:"Predict what a VM measures, and say why one differs."`
 
+	Registry registryCommands `cmd:"" help:"Publish on TON what may be measured, and read it without trusting anyone."`
+	Listing  listingCommands  `cmd:"" help:"Offer workers, and find them."`
+	Devnet   DevnetCmd        `cmd:"" help:"Run a local TON chain."`
+
 	Supervise SuperviseCmd `cmd:"" hidden:""`
 }
 

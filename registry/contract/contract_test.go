@@ -20,7 +20,7 @@ import (
 
 // codeHash is what a reader pins. A change here is a new registry at a new
 // address for everyone.
-const codeHash = "fbdd8faa1b069560490929adaed02e8bdcdb34633cf53c7f8b9e91439f554c4b"
+const codeHash = "56469d997e5afa30f3d47969aef4cdfbb16595dd33840c29e63be92f9e5e4e8d"
 
 func TestCodeHash(t *testing.T) {
 	if got := hex.EncodeToString(Code().Hash()); got != codeHash {
@@ -541,4 +541,83 @@ func TestFees(t *testing.T) {
 	for _, l := range table {
 		t.Log(l)
 	}
+}
+
+// TestProofs runs the methods on a proof of no more than what they load, as the most
+// sparing of liteservers would make it.
+func TestProofs(t *testing.T) {
+	w := newWorld(t)
+	p := put(1)
+	p.Record = large(2000)
+	w.send(owner, plenty, w.body(p), nil)
+	w.send(owner, plenty, w.body(put(2)), nil)
+	for n := byte(1); n <= 5; n++ {
+		w.send(stranger, plenty, w.cosign(auditor(n), key(1), sha256.Sum256(p.Record)), nil)
+	}
+	whole := w.methods()
+	for name, run := range map[string]func(Methods) error{
+		"version": func(m Methods) error { _, err := m.Version(); return err },
+		"owner":   func(m Methods) error { _, _, err := m.Owner(); return err },
+		"state":   func(m Methods) error { _, _, err := m.State(); return err },
+		"records": func(m Methods) error { _, err := m.Records(nil, 10); return err },
+		"record": func(m Methods) error {
+			_, data, err := m.Record(key(1))
+			if err == nil && !bytes.Equal(data, p.Record) {
+				err = errors.New("other bytes")
+			}
+			return err
+		},
+		"signatures": func(m Methods) error {
+			list, err := m.Signatures(key(1))
+			if err == nil && len(list) != 5 {
+				err = fmt.Errorf("%d signatures", len(list))
+			}
+			return err
+		},
+	} {
+		b := cell.NewMerkleProofBuilder(whole.data)
+		if _, err := (Methods{whole.code, b.Root()}).call(name, args(name)...); err != nil {
+			t.Errorf("%s: %v", name, err)
+			continue
+		}
+		proof, err := b.CreateProof()
+		if err != nil {
+			t.Fatal(err)
+		}
+		data, err := cell.UnwrapProofVirtualized(proof, whole.data.Hash())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := run(Methods{whole.code, data}); err != nil {
+			t.Errorf("%s on its proof of %d bytes: %v", name, len(proof.ToBOC()), err)
+		}
+		// And on a proof that leaves things out: an error, no less.
+		if name == "records" || name == "record" || name == "signatures" {
+			b := cell.NewMerkleProofBuilder(whole.data)
+			if _, err := b.Root().BeginParse(); err != nil {
+				t.Fatal(err)
+			}
+			bare, err := b.CreateProof()
+			if err != nil {
+				t.Fatal(err)
+			}
+			data, err := cell.UnwrapProofVirtualized(bare, whole.data.Hash())
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := run(Methods{whole.code, data}); err == nil || errors.Is(err, ErrNoRecord) {
+				t.Errorf("%s on a bare proof: %v", name, err)
+			}
+		}
+	}
+}
+
+func args(method string) []*big.Int {
+	switch method {
+	case "records":
+		return []*big.Int{big.NewInt(-1), big.NewInt(10)}
+	case "record", "signatures":
+		return []*big.Int{number(key(1))}
+	}
+	return nil
 }

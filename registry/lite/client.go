@@ -99,6 +99,15 @@ func (c *Client) Close() {
 	}
 }
 
+// Received is how many bytes liteservers have sent so far.
+func (c *Client) Received() int64 {
+	var n int64
+	for _, conn := range c.conns {
+		n += conn.received.Load()
+	}
+	return n
+}
+
 // A Failure is a liteserver that could not be used, and why.
 type Failure struct {
 	Server string

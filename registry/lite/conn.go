@@ -12,6 +12,7 @@ import (
 	"io"
 	"net"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/xssnick/tonutils-go/adnl"
@@ -38,6 +39,8 @@ type conn struct {
 	in     cipher.Stream
 	out    cipher.Stream
 	closed bool
+
+	received atomic.Int64 // bytes
 }
 
 // Constructors of the messages that frame an answer.
@@ -133,6 +136,7 @@ func (c *conn) read(tcp net.Conn) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
+	c.received.Add(int64(len(packet)) + 4)
 	if len(packet) != int(n) {
 		return nil, io.ErrUnexpectedEOF
 	}
