@@ -229,6 +229,9 @@ func tarEntries(r io.Reader, c *checker, exclude []string, left *[]string) func(
 				*left = append(*left, name)
 				continue
 			}
+			if disk.SparseEntry(h) {
+				return none, nil, fmt.Errorf("%w: %s in the tar stream is kept as a sparse file; make it without --sparse", ErrRefused, name)
+			}
 			switch h.Typeflag {
 			case tar.TypeReg:
 			case tar.TypeSymlink, tar.TypeLink:
