@@ -198,7 +198,7 @@ func (s *source) entries() []disk.Entry {
 }
 
 // maxPeek bounds what of a file in a stream is held while it is looked at.
-const maxPeek = 64 << 20
+const maxPeek = 32 << 20
 
 // tarEntries reads a tar stream for disk.PackStream. Each file is looked at before
 // it is passed on.

@@ -32,8 +32,16 @@ const body = `{"model":"chrysalis/demo","stream":true,"temperature":0,"max_token
 
 func main() {
 	demo := flag.Bool("demo", true, "time 'make demo' from a clean clone with an empty cache, too")
+	only := flag.String("only", "", "'disks' measures packing only")
 	flag.Parse()
-	if err := run(*demo); err != nil {
+	measure := func() error { return run(*demo) }
+	if *only == "disks" {
+		measure = func() error {
+			head()
+			return disks()
+		}
+	}
+	if err := measure(); err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		os.Exit(1)
 	}
@@ -63,10 +71,14 @@ func number(v float64) string {
 	return strconv.FormatFloat(v, 'f', 2, 64)
 }
 
-func run(demo bool) error {
+func head() {
 	fmt.Printf("%s, %d processors, %s\n\n", cpu(), runtime.NumCPU(), time.Now().UTC().Format(time.DateOnly))
 	fmt.Println("| what | measured | limit | |")
 	fmt.Println("|---|---|---|---|")
+}
+
+func run(demo bool) error {
+	head()
 	for _, a := range []struct {
 		what, path string
 		limit      float64
@@ -95,6 +107,9 @@ func run(demo bool) error {
 		return err
 	}
 	if err := h.overhead(); err != nil {
+		return err
+	}
+	if err := disks(); err != nil {
 		return err
 	}
 	if demo {
