@@ -234,6 +234,9 @@ type vm struct {
 // to.
 const driverSettle = 200 * time.Millisecond
 
+// driverPatience is how long an answer about the VM's vsock driver is waited for.
+const driverPatience = 2 * time.Minute
+
 // awaitDriver waits until the VM's vsock driver runs. A connect from before that
 // is answered in the very moment in which the device's rings are being enabled,
 // and vhost-device-vsock 0.3.0 loses the VM's first kick if it comes before the
@@ -241,6 +244,8 @@ const driverSettle = 200 * time.Millisecond
 // While the firmware still places the device, QEMU may have no answer: that is
 // no reason to connect early.
 func (s *supervisor) awaitDriver(ctx context.Context, v *vm) {
+	ctx, cancel := context.WithTimeout(ctx, driverPatience)
+	defer cancel()
 	var said string
 	for {
 		runs, err := v.qmp.driverRuns(ctx, userVsock)
