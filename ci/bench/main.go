@@ -5,6 +5,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"context"
 	"crypto/tls"
 	"encoding/json"
 	"errors"
@@ -41,6 +42,7 @@ var parts = []part{
 	{"sizes", sizes},
 	{"vms", inVMs},
 	{"disks", disks},
+	{"ton", func() error { return ton(context.Background()) }},
 	{"demo", cleanDemo},
 	{"builds", builds},
 }
@@ -99,6 +101,9 @@ func figure(what, unit string, value float64) {
 func number(v float64) string {
 	if v >= 100 {
 		return strconv.FormatFloat(v, 'f', 0, 64)
+	}
+	if v > 0 && v < 0.1 {
+		return strconv.FormatFloat(v, 'f', 5, 64)
 	}
 	return strconv.FormatFloat(v, 'f', 2, 64)
 }
