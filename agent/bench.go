@@ -33,7 +33,7 @@ const benchRuns, benchWarmUp = 11, 5
 // measureEngine prints the medians of time to first event and events a second.
 func (a *agent) measureEngine(ctx context.Context) error {
 	client := &http.Client{Transport: &http.Transport{
-		DialContext:       func(ctx context.Context, _, _ string) (net.Conn, error) { return a.child.dial(ctx) },
+		DialContext:       func(ctx context.Context, _, _ string) (net.Conn, error) { return a.children[0].dial(ctx) },
 		DisableKeepAlives: true,
 	}}
 	var firsts, rates []float64

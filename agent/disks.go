@@ -14,11 +14,14 @@ import (
 	"chrysalis/guest"
 	"chrysalis/image/profile"
 	"chrysalis/manifest"
+	"chrysalis/measure/cel"
+	"chrysalis/models/card"
 	"chrysalis/verity"
 	"chrysalis/verity/gpt"
 )
 
-// readManifest takes the manifest from the one disk that carries one.
+// readManifest takes the manifest from the one disk that carries one, and measures
+// it.
 func (a *agent) readManifest(context.Context) error {
 	disks, err := blockDevices()
 	if err != nil {
@@ -39,8 +42,14 @@ func (a *agent) readManifest(context.Context) error {
 	if found == nil {
 		return fmt.Errorf("none of %d disks carries a manifest", len(disks))
 	}
-	a.manifest, err = manifest.Parse(found)
-	return because(guest.ReasonManifestInvalid, err)
+	if a.manifest, err = manifest.Parse(found); err != nil {
+		return because(guest.ReasonManifestInvalid, err)
+	}
+	if err := a.platform.CheckManifest(found); err != nil {
+		return because(guest.ReasonManifestOther, err)
+	}
+	a.encoded = found
+	return a.record(cel.ManifestEvent(found))
 }
 
 func readManifestDisk(path string) ([]byte, error) {
@@ -56,18 +65,29 @@ func readManifestDisk(path string) ([]byte, error) {
 	return gpt.ReadManifestDisk(f, size)
 }
 
-// openDisks activates and mounts the engine disk and the model disks, and
-// watches them from then on.
-func (a *agent) openDisks(ctx context.Context) (err error) {
-	if a.engine, err = a.openDisk("engine", a.manifest.Engine); err != nil {
+// openDisks measures, activates and mounts the engine disk and the model disks,
+// and watches them from then on.
+func (a *agent) openDisks(ctx context.Context) error {
+	event, err := cel.EngineEvent(a.manifest.Engine)
+	if err != nil {
+		return err
+	}
+	if a.engine, err = a.openDisk("engine", a.manifest.Engine, event); err != nil {
 		return fmt.Errorf("engine disk: %w", err)
 	}
 	for i, m := range a.manifest.Models {
-		path, err := a.openDisk(fmt.Sprintf("model-%d", i), m.Disk)
+		if event, err = cel.ModelEvent(m); err != nil {
+			return err
+		}
+		path, err := a.openDisk(fmt.Sprintf("model-%d", i), m.Disk, event)
 		if err != nil {
 			return fmt.Errorf("model disk %s: %w", m.ID(), err)
 		}
-		a.models = append(a.models, path)
+		c, err := readCard(path, m)
+		if err != nil {
+			return a.diskError(fmt.Errorf("model disk %s: %w", m.ID(), err))
+		}
+		a.models = append(a.models, model{path, c})
 	}
 	a.background(guest.ReasonDiskCorrupt, func() error {
 		device, err := verity.Watch(ctx, a.devices)
@@ -80,12 +100,47 @@ func (a *agent) openDisks(ctx context.Context) (err error) {
 	if err != nil {
 		return a.diskError(fmt.Errorf("read the engine's profile: %w", err))
 	}
-	a.profile, err = profile.Parse(data)
-	return err
+	if a.profile, err = profile.Parse(data); err != nil {
+		return err
+	}
+	for _, m := range a.models {
+		if err := a.profile.CheckModel(m.card); err != nil {
+			return because(guest.ReasonEngineProfile, err)
+		}
+	}
+	return nil
 }
 
-// openDisk finds a disk by its root hash and mounts it; it returns where.
-func (a *agent) openDisk(name string, d manifest.Disk) (string, error) {
+// A model is a model disk that is mounted.
+type model struct {
+	path string // of the mount point
+	card *card.Card
+}
+
+// readCard reads what a model disk says about itself. The disk is the one that the
+// manifest names, so the card is its publisher's word; the manifest's is the
+// host's.
+func readCard(path string, m manifest.Model) (*card.Card, error) {
+	data, err := readBounded(filepath.Join(path, card.Path), card.MaxSize)
+	if err != nil {
+		return nil, fmt.Errorf("read its card: %w", err)
+	}
+	c, err := card.Parse(data)
+	if err != nil {
+		return nil, err
+	}
+	if c.Name != m.Name || c.Revision != m.Revision {
+		return nil, fmt.Errorf("it is %s, the manifest calls it %s", c.ID(), m.ID())
+	}
+	return c, nil
+}
+
+// openDisk records an event, then finds a disk by its root hash and mounts it; it
+// returns where.
+func (a *agent) openDisk(name string, d manifest.Disk, event cel.Event) (string, error) {
+	if err := a.record(event); err != nil {
+		return "", err
+	}
 	root, err := verity.ParseRootHash(d.RootHash)
 	if err != nil {
 		return "", err

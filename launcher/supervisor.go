@@ -23,6 +23,7 @@ import (
 
 	"chrysalis/guest"
 	"chrysalis/image/toolsroot"
+	"chrysalis/launcher/softtpm"
 	"chrysalis/terminal"
 )
 
@@ -516,8 +517,8 @@ const tpmFirmware = "/usr/share/ovmf/OVMF.fd"
 // insideFirmware is where the tools root shows a firmware from outside of it.
 const insideFirmware = "/vm/firmware.fd"
 
-// startTPM makes a fresh TPM and serves it. PCR 15 and the boot log need SHA-384,
-// which swtpm's default leaves out.
+// startTPM makes a fresh TPM, gives it keys and a certificate, and serves it. PCR
+// 15 and the boot log need SHA-384, which swtpm's default leaves out.
 func (s *supervisor) startTPM(shared toolsroot.Bind) (*child, error) {
 	if err := os.RemoveAll(s.run.path("tpm")); err != nil {
 		return nil, err
@@ -543,6 +544,9 @@ func (s *supervisor) startTPM(shared toolsroot.Bind) (*child, error) {
 	if setup.err != nil {
 		return nil, errors.New("the software TPM could not be made; see 'chrysalis logs --supervisor'")
 	}
+	if err := s.provisionTPM(state, shared); err != nil {
+		return nil, err
+	}
 	tpm, err := s.start("swtpm", toolsroot.Command{
 		Args: []string{"swtpm", "socket", "--tpm2", "--tpmstate", "dir=" + inside, "--ctrl", "type=unixio,path=" + insideTPM, "--seccomp", "action=kill"},
 		Bind: []toolsroot.Bind{state, shared}, Offline: true,
@@ -551,6 +555,47 @@ func (s *supervisor) startTPM(shared toolsroot.Bind) (*child, error) {
 		return nil, err
 	}
 	return tpm, s.waitSocket(tpm, "io/tpm.sock")
+}
+
+// provisionTPM runs the TPM once before the VM does, to give it what a cloud's has.
+func (s *supervisor) provisionTPM(state, shared toolsroot.Bind) error {
+	ca, err := softtpm.OpenCA(s.store.dir)
+	if err != nil {
+		return err
+	}
+	const socket = "tpm-setup.sock"
+	tpm, err := s.start("swtpm", toolsroot.Command{
+		Args: []string{"swtpm", "socket", "--tpm2", "--tpmstate", "dir=" + state.Inside, "--server", "type=unixio,path=" + insideIO + "/" + socket,
+			"--flags", "not-need-init", "--terminate", "--seccomp", "action=kill"},
+		Bind: []toolsroot.Bind{state, shared}, Offline: true,
+	})
+	if err != nil {
+		return err
+	}
+	defer func() {
+		tpm.kill()
+		s.reap() // nothing else runs yet
+		os.Remove(s.run.path("io", socket))
+	}()
+	if err := s.waitSocket(tpm, "io/"+socket); err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(s.now, 30*time.Second)
+	defer cancel()
+	conn, err := new(net.Dialer).DialContext(ctx, "unix", s.short("io/"+socket))
+	if err != nil {
+		return fmt.Errorf("talk to the software TPM: %w", err)
+	}
+	if err := softtpm.Provision(ctx, conn, ca); err != nil {
+		return err
+	}
+	// It ends with the connection, and with it writes its state down.
+	select {
+	case <-tpm.done:
+	case <-ctx.Done():
+		return errors.New("the software TPM does not end; see 'chrysalis logs --supervisor'")
+	}
+	return nil
 }
 
 func (s *supervisor) start(name string, c toolsroot.Command) (*child, error) {

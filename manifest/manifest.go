@@ -8,7 +8,9 @@
 package manifest
 
 import (
+	"crypto/sha256"
 	"crypto/sha512"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"regexp"
@@ -22,7 +24,7 @@ const MaxSize = 64 << 10
 // Version is the version that this package reads and writes.
 const Version = 1
 
-// Manifest is the configuration of one VM. Every field is required.
+// Manifest is the configuration of one VM. Every field but Tokens is required.
 type Manifest struct {
 	Version    int              `json:"version"`
 	Engine     Disk             `json:"engine"`
@@ -30,6 +32,9 @@ type Manifest struct {
 	GPUs       int              `json:"gpus"`       // GPUs that must be bound, 0 to 8
 	Parameters map[string]int64 `json:"parameters"` // of the engine; names, bounds and defaults come from its profile
 	Limits     Limits           `json:"limits"`
+	// Tokens are the SHA-256 of each bearer token that is let in, 64 lower-case
+	// hexadecimal digits, in ascending order. Without the field everybody is.
+	Tokens []string `json:"tokens,omitempty"`
 }
 
 // Disk identifies a dm-verity disk (sha256, 4 KiB data and hash blocks, hash
@@ -50,6 +55,16 @@ type Model struct {
 
 // ID returns NAME@REVISION.
 func (m Model) ID() string { return m.Name + "@" + m.Revision }
+
+// MaxTokens is how many clients' tokens a manifest can name.
+const MaxTokens = 512
+
+// TokenHash is what a manifest holds of a token: its SHA-256, in lower-case
+// hexadecimal.
+func TokenHash(token string) string {
+	sum := sha256.Sum256([]byte(token))
+	return hex.EncodeToString(sum[:])
+}
 
 // Limits bound what clients can ask of the VM.
 type Limits struct {
@@ -116,6 +131,17 @@ func (m *Manifest) Validate() error {
 		}
 		if err := inRange("parameters."+name, value, -maxInteger, maxInteger); err != nil {
 			return err
+		}
+	}
+	if len(m.Tokens) > MaxTokens {
+		return fmt.Errorf("tokens: there are %d, at most %d are allowed", len(m.Tokens), MaxTokens)
+	}
+	for i, hash := range m.Tokens {
+		if !rootHashRE.MatchString(hash) {
+			return fmt.Errorf("tokens[%d]: %.80q is not 64 lower-case hexadecimal digits", i, hash)
+		}
+		if i > 0 && m.Tokens[i-1] >= hash {
+			return fmt.Errorf("tokens[%d]: not in ascending order, or there twice", i)
 		}
 	}
 	return errors.Join(

@@ -1,6 +1,10 @@
 package api
 
-import "net/http"
+import (
+	"net/http"
+
+	"chrysalis/attest/evidence"
+)
 
 // A route is one path that clients can ask for, with the one method that it
 // takes. What is not in the table does not exist: the engine has many more paths
@@ -10,6 +14,8 @@ type route struct {
 	method string
 	path   string
 	fields []field // of the request's body; nil if the agent answers by itself
+	query  bool    // it takes a query
+	open   bool    // it takes no token
 }
 
 // A field is a top-level field that a request may have. The engine's own ones
@@ -24,6 +30,7 @@ type field struct {
 }
 
 var routes = []route{
+	{method: http.MethodGet, path: evidence.Path, query: true, open: true},
 	{method: http.MethodGet, path: "/v1/models"},
 	{method: http.MethodPost, path: "/v1/chat/completions", fields: append([]field{
 		{name: "messages", engine: "messages", check: listOf(1, 4096, message), required: true},
@@ -43,7 +50,7 @@ var routes = []route{
 		{name: "best_of", engine: "", check: integer(1, 1)},
 	}, generation...)},
 	{method: http.MethodPost, path: "/v1/embeddings", fields: []field{
-		{name: "model", engine: "model", check: text(maxKey), required: true},
+		{name: "model", engine: "model", check: text(maxModel), required: true},
 		{name: "input", engine: "input", check: either(isArray, listOf(1, 2048, text(0)), text(0)), required: true},
 		{name: "encoding_format", engine: "encoding_format", check: oneOf("float", "base64")},
 		{name: "user", engine: "", check: text(maxKey)},
@@ -52,7 +59,7 @@ var routes = []route{
 
 // generation are the fields that both kinds of completion have.
 var generation = []field{
-	{name: "model", engine: "model", check: text(maxKey), required: true},
+	{name: "model", engine: "model", check: text(maxModel), required: true},
 	{name: "stream", engine: "stream", check: boolean},
 	{name: "stream_options", engine: "stream_options", check: object(nil, map[string]check{"include_usage": boolean})},
 	{name: "max_tokens", engine: "max_tokens", check: integer(1, 1<<31-1)},

@@ -31,9 +31,11 @@ const body = `{"model":"chrysalis/demo","stream":true,"temperature":0,"max_token
 	`"messages":[{"role":"user","content":"Who can read my prompt?"}]}`
 
 func main() {
-	demo := flag.Bool("demo", true, "time 'make demo' from a clean clone with an empty cache, too")
+	vms := flag.Bool("vms", true, "boot VMs and ask them")
+	demo := flag.Bool("demo", true, "time 'make demo' from a clean clone with an empty cache")
+	build := flag.Bool("builds", true, "time builds")
 	flag.Parse()
-	if err := run(*demo); err != nil {
+	if err := run(*vms, *demo, *build); err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		os.Exit(1)
 	}
@@ -63,7 +65,7 @@ func number(v float64) string {
 	return strconv.FormatFloat(v, 'f', 2, 64)
 }
 
-func run(demo bool) error {
+func run(vms, demo, build bool) error {
 	fmt.Printf("%s, %d processors, %s\n\n", cpu(), runtime.NumCPU(), time.Now().UTC().Format(time.DateOnly))
 	fmt.Println("| what | measured | limit | |")
 	fmt.Println("|---|---|---|---|")
@@ -84,6 +86,22 @@ func run(demo bool) error {
 		}
 	}
 
+	for _, part := range []struct {
+		wanted  bool
+		measure func() error
+	}{{vms, inVMs}, {demo, cleanDemo}, {build, builds}} {
+		if !part.wanted {
+			continue
+		}
+		if err := part.measure(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// inVMs measures in VMs that it boots.
+func inVMs() error {
 	state, err := os.MkdirTemp("", "chrysalis-bench-")
 	if err != nil {
 		return err
@@ -94,13 +112,7 @@ func run(demo bool) error {
 	if err := h.boot(); err != nil {
 		return err
 	}
-	if err := h.overhead(); err != nil {
-		return err
-	}
-	if demo {
-		return cleanDemo()
-	}
-	return nil
+	return h.overhead()
 }
 
 // host runs the CLI with a state of its own.

@@ -47,7 +47,9 @@ const (
 	MaxData   = 64 << 10 // bytes of one event's data; a manifest is the largest
 )
 
-// Event is one thing that was measured. What is extended is the digest of Data.
+// Event is one thing that was measured. What is extended is the digest of Data, so
+// that a manifest's event is the manifest's own hash. The name is not covered:
+// whoever checks a log compares it with what Boot returns, names included.
 type Event struct {
 	Name string
 	Data []byte
