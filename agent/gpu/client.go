@@ -1,3 +1,10 @@
+// Package gpu speaks with the NVML helper: a program on the engine disk that
+// loads NVIDIA's management library, which no static program can. The agent runs
+// it, asks it one thing at a time, and believes nothing of what it says that a GPU
+// has not signed: its answers are bounded, strict and enumerated, and it may die,
+// hang, flood or lie without hurting PID 1.
+//
+// NVML is never called while a client waits for a token.
 package gpu
 
 import (
@@ -11,6 +18,7 @@ import (
 	"sync"
 	"time"
 
+	"chrysalis/agent/gpu/protocol"
 	"chrysalis/attest/nvidia"
 )
 
@@ -21,8 +29,8 @@ const Timeout = 60 * time.Second
 
 // Error is why a request failed.
 type Error struct {
-	Op     Op
-	Code   Code
+	Op     protocol.Op
+	Code   protocol.Code
 	Detail string
 }
 
@@ -48,7 +56,7 @@ type Client struct {
 
 type line struct {
 	data []byte
-	code Code // why there is none
+	code protocol.Code // why there is none
 }
 
 // NewClient returns a client of a helper whose standard input and output these
@@ -64,16 +72,16 @@ func NewClient(in io.WriteCloser, out io.Reader, kill func(), timeout time.Durat
 // that is too long, so that a flood takes no memory.
 func (c *Client) read(out io.Reader) {
 	defer close(c.lines)
-	r := bufio.NewReaderSize(out, MaxAnswer)
+	r := bufio.NewReaderSize(out, protocol.MaxAnswer)
 	for {
 		data, err := r.ReadSlice('\n')
 		switch {
 		case errors.Is(err, bufio.ErrBufferFull):
-			c.lines <- line{code: CodeFlood}
+			c.lines <- line{code: protocol.CodeFlood}
 			c.kill()
 			return
 		case err != nil:
-			c.lines <- line{code: CodeDied}
+			c.lines <- line{code: protocol.CodeDied}
 			return
 		}
 		c.lines <- line{data: bytes.Clone(data)}
@@ -91,22 +99,22 @@ func (c *Client) Close() {
 }
 
 // Call asks one thing. Its error is an *Error.
-func (c *Client) Call(ctx context.Context, r Request) (*Answer, error) {
+func (c *Client) Call(ctx context.Context, r protocol.Request) (*protocol.Answer, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.broken != nil {
 		return nil, c.broken
 	}
-	fail := func(code Code, detail string) (*Answer, error) {
+	fail := func(code protocol.Code, detail string) (*protocol.Answer, error) {
 		c.broken = &Error{r.Op, code, detail}
 		c.Close()
 		return nil, c.broken
 	}
 	c.id++
-	r.Version, r.ID = Version, c.id
+	r.Version, r.ID = protocol.Version, c.id
 	request, err := json.Marshal(r)
-	if err != nil || len(request) >= MaxRequest {
-		return nil, &Error{r.Op, CodeBadRequest, "too large"}
+	if err != nil || len(request) >= protocol.MaxRequest {
+		return nil, &Error{r.Op, protocol.CodeBadRequest, "too large"}
 	}
 	ctx, cancel := context.WithTimeout(ctx, c.timeout)
 	defer cancel()
@@ -119,34 +127,34 @@ func (c *Client) Call(ctx context.Context, r Request) (*Answer, error) {
 	select {
 	case err := <-written:
 		if err != nil {
-			return fail(CodeDied, "it takes no request")
+			return fail(protocol.CodeDied, "it takes no request")
 		}
 	case <-ctx.Done():
-		return fail(CodeHung, "it takes no request")
+		return fail(protocol.CodeHung, "it takes no request")
 	}
 	select {
 	case l, ok := <-c.lines:
 		if !ok {
-			return fail(CodeDied, "")
+			return fail(protocol.CodeDied, "")
 		}
 		if l.code != "" {
 			return fail(l.code, "")
 		}
 		answer, err := parseAnswer(l.data, &r)
 		if err != nil {
-			return fail(CodeGarbage, err.Error())
+			return fail(protocol.CodeGarbage, err.Error())
 		}
-		if answer.Code != CodeOK {
+		if answer.Code != protocol.CodeOK {
 			return nil, &Error{r.Op, answer.Code, answer.Detail}
 		}
 		return answer, nil
 	case <-ctx.Done():
-		return fail(CodeHung, "")
+		return fail(protocol.CodeHung, "")
 	}
 }
 
-func parseAnswer(data []byte, r *Request) (*Answer, error) {
-	var a Answer
+func parseAnswer(data []byte, r *protocol.Request) (*protocol.Answer, error) {
+	var a protocol.Answer
 	dec := json.NewDecoder(bytes.NewReader(data))
 	dec.DisallowUnknownFields()
 	if err := dec.Decode(&a); err != nil {
@@ -155,12 +163,12 @@ func parseAnswer(data []byte, r *Request) (*Answer, error) {
 	if _, err := dec.Token(); err != io.EOF {
 		return nil, errors.New("more than one answer on a line")
 	}
-	return &a, a.check(r)
+	return &a, a.Check(r)
 }
 
 // Inventory lists the GPUs.
-func (c *Client) Inventory(ctx context.Context) ([]GPU, error) {
-	a, err := c.Call(ctx, Request{Op: OpInventory})
+func (c *Client) Inventory(ctx context.Context) ([]protocol.GPU, error) {
+	a, err := c.Call(ctx, protocol.Request{Op: protocol.OpInventory})
 	if err != nil {
 		return nil, err
 	}
@@ -168,8 +176,8 @@ func (c *Client) Inventory(ctx context.Context) ([]GPU, error) {
 }
 
 // System tells the confidential-computing state.
-func (c *Client) System(ctx context.Context) (*System, error) {
-	a, err := c.Call(ctx, Request{Op: OpSystem})
+func (c *Client) System(ctx context.Context) (*protocol.System, error) {
+	a, err := c.Call(ctx, protocol.Request{Op: protocol.OpSystem})
 	if err != nil {
 		return nil, err
 	}
@@ -177,8 +185,8 @@ func (c *Client) System(ctx context.Context) (*System, error) {
 }
 
 // Health tells whether a GPU is still there and sound.
-func (c *Client) Health(ctx context.Context, index int) (*Health, error) {
-	a, err := c.Call(ctx, Request{Op: OpHealth, GPU: index})
+func (c *Client) Health(ctx context.Context, index int) (*protocol.Health, error) {
+	a, err := c.Call(ctx, protocol.Request{Op: protocol.OpHealth, GPU: index})
 	if err != nil {
 		return nil, err
 	}
@@ -187,7 +195,7 @@ func (c *Client) Health(ctx context.Context, index int) (*Health, error) {
 
 // SetReady lets the GPUs take work, or not.
 func (c *Client) SetReady(ctx context.Context, ready bool) error {
-	_, err := c.Call(ctx, Request{Op: OpSetReady, Ready: ready})
+	_, err := c.Call(ctx, protocol.Request{Op: protocol.OpSetReady, Ready: ready})
 	return err
 }
 
@@ -204,17 +212,17 @@ func (c *Client) Attest(ctx context.Context, nonce [nvidia.NonceSize]byte) (*nvi
 	}
 	e := &nvidia.Evidence{Version: nvidia.Version}
 	for _, g := range gpus {
-		a, err := c.Call(ctx, Request{Op: OpAttest, GPU: g.Index, Nonce: nonce[:]})
+		a, err := c.Call(ctx, protocol.Request{Op: protocol.OpAttest, GPU: g.Index, Nonce: nonce[:]})
 		if err != nil {
 			return nil, err
 		}
 		chain, err := nvidia.SplitChain(a.Proof.Chain)
 		if err != nil {
-			return nil, &Error{OpAttest, CodeBadAnswer, err.Error()}
+			return nil, &Error{protocol.OpAttest, protocol.CodeBadAnswer, err.Error()}
 		}
 		each := nvidia.GPU{
 			Model:  g.Name,
-			State:  nvidia.State{CC: system.CC, DevTools: system.DevTools, MultiGPU: system.MultiGPU},
+			State:  nvidia.State{CC: system.CC, DevTools: system.DevTools, MultiGPU: nvidia.MultiGPU(system.MultiGPU)},
 			Report: a.Proof.Report,
 		}
 		for _, der := range chain {
@@ -223,7 +231,7 @@ func (c *Client) Attest(ctx context.Context, nonce [nvidia.NonceSize]byte) (*nvi
 		e.GPUs = append(e.GPUs, each)
 	}
 	if err := e.Validate(); err != nil {
-		return nil, &Error{OpAttest, CodeBadAnswer, err.Error()}
+		return nil, &Error{protocol.OpAttest, protocol.CodeBadAnswer, err.Error()}
 	}
 	return e, nil
 }

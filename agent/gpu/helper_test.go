@@ -13,6 +13,7 @@ import (
 
 	"chrysalis/agent/gpu"
 	"chrysalis/agent/gpu/fakenvml"
+	"chrysalis/agent/gpu/protocol"
 	"chrysalis/attest/nvidia"
 	"chrysalis/attest/nvidia/nvidiatest"
 )
@@ -94,7 +95,7 @@ func fake(t *testing.T, s fakenvml.Script, gpus ...*nvidiatest.GPU) (*gpu.Client
 	return c, dir
 }
 
-func wantCode(t *testing.T, err error, code gpu.Code) {
+func wantCode(t *testing.T, err error, code protocol.Code) {
 	t.Helper()
 	e, ok := errors.AsType[*gpu.Error](err)
 	if !ok || e.Code != code {
@@ -119,7 +120,7 @@ func TestAttest(t *testing.T) {
 			}
 			g := inventory[n-1]
 			if len(inventory) != n || g.Name != nvidiatest.Model || g.Driver != nvidiatest.Driver || g.VBIOS != nvidiatest.VBIOS || g.Links != 18 ||
-				g.Fabric != gpu.FabricCompleted || g.PCI != fmt.Sprintf("00000000:%02X:00.0", 0x10+n-1) || g.Protected != 80<<20 {
+				g.Fabric != protocol.FabricCompleted || g.PCI != fmt.Sprintf("00000000:%02X:00.0", 0x10+n-1) || g.Protected != 80<<20 {
 				t.Errorf("%+v", g)
 			}
 			e, err := c.Attest(t.Context(), nonce)
@@ -154,7 +155,7 @@ func TestReadyState(t *testing.T) {
 			t.Fatal(err)
 		}
 		s, err := c.System(t.Context())
-		if err != nil || s.Ready != ready || !s.CC || !s.Capable || s.DevTools || s.Environment != "production" || s.MultiGPU != nvidia.MultiGPUNone {
+		if err != nil || s.Ready != ready || !s.CC || !s.Capable || s.DevTools || s.Environment != "production" || s.MultiGPU != protocol.MultiGPUNone {
 			t.Errorf("%+v, %v", s, err)
 		}
 	}
@@ -166,17 +167,17 @@ func TestStates(t *testing.T) {
 	for _, test := range []struct {
 		name   string
 		script fakenvml.Script
-		want   gpu.System
+		want   protocol.System
 	}{
-		{"off", fakenvml.Script{"cc": "0"}, gpu.System{Capable: true, Environment: "production", MultiGPU: "none"}},
-		{"devtools", fakenvml.Script{"devtools": "1"}, gpu.System{Capable: true, CC: true, DevTools: true, Environment: "production", MultiGPU: "none"}},
-		{"ready before us", fakenvml.Script{"ready": "1"}, gpu.System{Capable: true, CC: true, Environment: "production", MultiGPU: "none", Ready: true}},
-		{"protected PCIe", fakenvml.Script{"cc": "0", "multigpu": "1"}, gpu.System{Capable: true, Environment: "production", MultiGPU: "protected-pcie"}},
-		{"encrypted NVLink", fakenvml.Script{"multigpu": "2"}, gpu.System{Capable: true, CC: true, Environment: "production", MultiGPU: "nvlink-encryption"}},
-		{"a simulation", fakenvml.Script{"environment": "1"}, gpu.System{Capable: true, CC: true, Environment: "simulation", MultiGPU: "none"}},
-		{"not capable", fakenvml.Script{"capable": "0", "cc": "0", "environment": "0"}, gpu.System{Environment: "unavailable", MultiGPU: "none"}},
-		{"not supported", fakenvml.Script{"error.nvmlSystemGetConfComputeCapabilities": "3"}, gpu.System{Environment: "unavailable", MultiGPU: "none"}},
-		{"settings not supported", fakenvml.Script{"error.nvmlSystemGetConfComputeSettings": "3"}, gpu.System{Capable: true, CC: true, Environment: "production", MultiGPU: "none"}},
+		{"off", fakenvml.Script{"cc": "0"}, protocol.System{Capable: true, Environment: "production", MultiGPU: "none"}},
+		{"devtools", fakenvml.Script{"devtools": "1"}, protocol.System{Capable: true, CC: true, DevTools: true, Environment: "production", MultiGPU: "none"}},
+		{"ready before us", fakenvml.Script{"ready": "1"}, protocol.System{Capable: true, CC: true, Environment: "production", MultiGPU: "none", Ready: true}},
+		{"protected PCIe", fakenvml.Script{"cc": "0", "multigpu": "1"}, protocol.System{Capable: true, Environment: "production", MultiGPU: "protected-pcie"}},
+		{"encrypted NVLink", fakenvml.Script{"multigpu": "2"}, protocol.System{Capable: true, CC: true, Environment: "production", MultiGPU: "nvlink-encryption"}},
+		{"a simulation", fakenvml.Script{"environment": "1"}, protocol.System{Capable: true, CC: true, Environment: "simulation", MultiGPU: "none"}},
+		{"not capable", fakenvml.Script{"capable": "0", "cc": "0", "environment": "0"}, protocol.System{Environment: "unavailable", MultiGPU: "none"}},
+		{"not supported", fakenvml.Script{"error.nvmlSystemGetConfComputeCapabilities": "3"}, protocol.System{Environment: "unavailable", MultiGPU: "none"}},
+		{"settings not supported", fakenvml.Script{"error.nvmlSystemGetConfComputeSettings": "3"}, protocol.System{Capable: true, CC: true, Environment: "production", MultiGPU: "none"}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			c, _ := fake(t, test.script, g)
@@ -194,25 +195,25 @@ func TestErrors(t *testing.T) {
 	for _, test := range []struct {
 		name   string
 		script fakenvml.Script
-		code   gpu.Code
+		code   protocol.Code
 		call   func(*gpu.Client, *testing.T) error
 	}{
-		{"no driver", fakenvml.Script{"error.nvmlInit_v2": "9"}, gpu.CodeNoDriver, inventory},
-		{"another driver", fakenvml.Script{"error.nvmlInit_v2": "18"}, gpu.CodeNoDriver, inventory},
-		{"no permission", fakenvml.Script{"error.nvmlInit_v2": "4"}, gpu.CodeNoPermission, inventory},
-		{"no GPU", fakenvml.Script{"count": "0"}, gpu.CodeNoGPU, inventory},
-		{"too many", fakenvml.Script{"count": "17"}, gpu.CodeTooMany, inventory},
-		{"an error without a name", fakenvml.Script{"error.nvmlDeviceGetCount_v2": "999"}, gpu.CodeFailed, inventory},
-		{"fallen off the bus", fakenvml.Script{"error.nvmlDeviceGetUUID": "15"}, gpu.CodeLost, health},
-		{"needs a reset", fakenvml.Script{"error.nvmlDeviceGetUUID": "16"}, gpu.CodeLost, health},
-		{"lost when it is looked up", fakenvml.Script{"error.nvmlDeviceGetHandleByIndex_v2": "15"}, gpu.CodeLost, health},
-		{"no report", fakenvml.Script{"error.nvmlDeviceGetConfComputeGpuAttestationReport": "3"}, gpu.CodeNotSupported, attest},
-		{"no certificates", fakenvml.Script{"error.nvmlDeviceGetConfComputeGpuCertificate": "999"}, gpu.CodeFailed, attest},
-		{"a report that is too large", fakenvml.Script{"reportsize": "100000"}, gpu.CodeBadAnswer, attest},
-		{"an empty report", fakenvml.Script{"reportsize": "0"}, gpu.CodeBadAnswer, attest},
-		{"a chain that is too large", fakenvml.Script{"chainsize": "0xffffffff"}, gpu.CodeBadAnswer, attest},
-		{"a mode that is none", fakenvml.Script{"multigpu": "7"}, gpu.CodeBadAnswer, func(c *gpu.Client, t *testing.T) error { _, err := c.System(t.Context()); return err }},
-		{"the ready state refused", fakenvml.Script{"error.nvmlSystemSetConfComputeGpusReadyState": "4"}, gpu.CodeNoPermission, func(c *gpu.Client, t *testing.T) error { return c.SetReady(t.Context(), true) }},
+		{"no driver", fakenvml.Script{"error.nvmlInit_v2": "9"}, protocol.CodeNoDriver, inventory},
+		{"another driver", fakenvml.Script{"error.nvmlInit_v2": "18"}, protocol.CodeNoDriver, inventory},
+		{"no permission", fakenvml.Script{"error.nvmlInit_v2": "4"}, protocol.CodeNoPermission, inventory},
+		{"no GPU", fakenvml.Script{"count": "0"}, protocol.CodeNoGPU, inventory},
+		{"too many", fakenvml.Script{"count": "17"}, protocol.CodeTooMany, inventory},
+		{"an error without a name", fakenvml.Script{"error.nvmlDeviceGetCount_v2": "999"}, protocol.CodeFailed, inventory},
+		{"fallen off the bus", fakenvml.Script{"error.nvmlDeviceGetUUID": "15"}, protocol.CodeLost, health},
+		{"needs a reset", fakenvml.Script{"error.nvmlDeviceGetUUID": "16"}, protocol.CodeLost, health},
+		{"lost when it is looked up", fakenvml.Script{"error.nvmlDeviceGetHandleByIndex_v2": "15"}, protocol.CodeLost, health},
+		{"no report", fakenvml.Script{"error.nvmlDeviceGetConfComputeGpuAttestationReport": "3"}, protocol.CodeNotSupported, attest},
+		{"no certificates", fakenvml.Script{"error.nvmlDeviceGetConfComputeGpuCertificate": "999"}, protocol.CodeFailed, attest},
+		{"a report that is too large", fakenvml.Script{"reportsize": "100000"}, protocol.CodeBadAnswer, attest},
+		{"an empty report", fakenvml.Script{"reportsize": "0"}, protocol.CodeBadAnswer, attest},
+		{"a chain that is too large", fakenvml.Script{"chainsize": "0xffffffff"}, protocol.CodeBadAnswer, attest},
+		{"a mode that is none", fakenvml.Script{"multigpu": "7"}, protocol.CodeBadAnswer, func(c *gpu.Client, t *testing.T) error { _, err := c.System(t.Context()); return err }},
+		{"the ready state refused", fakenvml.Script{"error.nvmlSystemSetConfComputeGpusReadyState": "4"}, protocol.CodeNoPermission, func(c *gpu.Client, t *testing.T) error { return c.SetReady(t.Context(), true) }},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			c, dir := fake(t, test.script, g)
@@ -245,7 +246,7 @@ func TestHealth(t *testing.T) {
 		t.Errorf("%+v, %v", h, err)
 	}
 	_, err := c.Health(t.Context(), 1)
-	wantCode(t, err, gpu.CodeNoGPU)
+	wantCode(t, err, protocol.CodeNoGPU)
 }
 
 // A library that lacks a function, or all, is an answer and never a crash.
@@ -270,7 +271,7 @@ func TestMissingSymbols(t *testing.T) {
 			}
 			c, _ := start(t, library, dir, 20*time.Second)
 			err = call(c, t)
-			wantCode(t, err, gpu.CodeNoSymbol)
+			wantCode(t, err, protocol.CodeNoSymbol)
 			if err == nil || !strings.Contains(err.Error(), symbol) {
 				t.Errorf("%v does not name %s", err, symbol)
 			}
@@ -292,7 +293,7 @@ func TestMissingSymbols(t *testing.T) {
 	})
 	t.Run("no library", func(t *testing.T) {
 		c, _ := start(t, "/nowhere/"+fakenvml.Library, t.TempDir(), 20*time.Second)
-		wantCode(t, inventory(c, t), gpu.CodeNoLibrary)
+		wantCode(t, inventory(c, t), protocol.CodeNoLibrary)
 	})
 	t.Run("not a library", func(t *testing.T) {
 		path := filepath.Join(t.TempDir(), fakenvml.Library)
@@ -300,7 +301,7 @@ func TestMissingSymbols(t *testing.T) {
 			t.Fatal(err)
 		}
 		c, _ := start(t, path, t.TempDir(), 20*time.Second)
-		wantCode(t, inventory(c, t), gpu.CodeNoLibrary)
+		wantCode(t, inventory(c, t), protocol.CodeNoLibrary)
 	})
 }
 
@@ -325,10 +326,10 @@ func TestLibraryMisbehaves(t *testing.T) {
 		return err
 	}
 	t.Run("hangs", func(t *testing.T) {
-		wantCode(t, run(t, fakenvml.Script{"hang.nvmlDeviceGetConfComputeGpuAttestationReport": "1"}, time.Second), gpu.CodeHung)
+		wantCode(t, run(t, fakenvml.Script{"hang.nvmlDeviceGetConfComputeGpuAttestationReport": "1"}, time.Second), protocol.CodeHung)
 	})
 	t.Run("crashes", func(t *testing.T) {
-		wantCode(t, run(t, fakenvml.Script{"crash.nvmlDeviceGetConfComputeGpuAttestationReport": "1"}, 20*time.Second), gpu.CodeDied)
+		wantCode(t, run(t, fakenvml.Script{"crash.nvmlDeviceGetConfComputeGpuAttestationReport": "1"}, 20*time.Second), protocol.CodeDied)
 	})
 	t.Run("prints", func(t *testing.T) {
 		if err := run(t, fakenvml.Script{"print.nvmlDeviceGetName": "1"}, 20*time.Second); err != nil {
@@ -341,21 +342,21 @@ func TestLibraryMisbehaves(t *testing.T) {
 func TestHelperMisbehaves(t *testing.T) {
 	for _, test := range []struct {
 		name, script string
-		code         gpu.Code
+		code         protocol.Code
 	}{
-		{"garbage", "echo garbage; exec sleep 60", gpu.CodeGarbage},
-		{"another answer", `echo '{"id":7,"code":"ok","gpus":[]}'; exec sleep 60`, gpu.CodeGarbage},
-		{"the answer to something else", `echo '{"id":1,"code":"ok","health":{"uncorrectable":0}}'; exec sleep 60`, gpu.CodeGarbage},
-		{"an unknown code", `echo '{"id":1,"code":"fine"}'; exec sleep 60`, gpu.CodeGarbage},
-		{"the client's own code", `echo '{"id":1,"code":"helper-died"}'; exec sleep 60`, gpu.CodeGarbage},
-		{"an unknown field", `echo '{"id":1,"code":"no-gpu","x":1}'; exec sleep 60`, gpu.CodeGarbage},
-		{"two answers on a line", `echo '{"id":1,"code":"no-gpu"}{}'; exec sleep 60`, gpu.CodeGarbage},
-		{"a GPU out of bounds", `echo '{"id":1,"code":"ok","gpus":[{"index":3}]}'; exec sleep 60`, gpu.CodeGarbage},
-		{"a gigabyte", "head -c 1073741824 /dev/zero", gpu.CodeFlood},
-		{"gigabytes in lines", "yes", gpu.CodeGarbage},
-		{"silence", "exec sleep 60", gpu.CodeHung},
-		{"death", "exit 3", gpu.CodeDied},
-		{"half an answer", `printf '{"id":1'`, gpu.CodeDied},
+		{"garbage", "echo garbage; exec sleep 60", protocol.CodeGarbage},
+		{"another answer", `echo '{"id":7,"code":"ok","gpus":[]}'; exec sleep 60`, protocol.CodeGarbage},
+		{"the answer to something else", `echo '{"id":1,"code":"ok","health":{"uncorrectable":0}}'; exec sleep 60`, protocol.CodeGarbage},
+		{"an unknown code", `echo '{"id":1,"code":"fine"}'; exec sleep 60`, protocol.CodeGarbage},
+		{"the client's own code", `echo '{"id":1,"code":"helper-died"}'; exec sleep 60`, protocol.CodeGarbage},
+		{"an unknown field", `echo '{"id":1,"code":"no-gpu","x":1}'; exec sleep 60`, protocol.CodeGarbage},
+		{"two answers on a line", `echo '{"id":1,"code":"no-gpu"}{}'; exec sleep 60`, protocol.CodeGarbage},
+		{"a GPU out of bounds", `echo '{"id":1,"code":"ok","gpus":[{"index":3}]}'; exec sleep 60`, protocol.CodeGarbage},
+		{"a gigabyte", "head -c 1073741824 /dev/zero", protocol.CodeFlood},
+		{"gigabytes in lines", "yes", protocol.CodeGarbage},
+		{"silence", "exec sleep 60", protocol.CodeHung},
+		{"death", "exit 3", protocol.CodeDied},
+		{"half an answer", `printf '{"id":1'`, protocol.CodeDied},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			c := client(t, exec.Command("sh", "-c", test.script), 5*time.Second)
@@ -365,7 +366,7 @@ func TestHelperMisbehaves(t *testing.T) {
 	t.Run("does not read", func(t *testing.T) {
 		// The pipe takes some; the rest must not wait for ever.
 		c := client(t, exec.Command("sh", "-c", "exec sleep 60"), 300*time.Millisecond)
-		wantCode(t, inventory(c, t), gpu.CodeHung)
+		wantCode(t, inventory(c, t), protocol.CodeHung)
 	})
 }
 
@@ -387,7 +388,7 @@ func TestBadRequests(t *testing.T) {
 		}
 	}
 	cmd := exec.Command(helper, "-library", library)
-	cmd.Stdin = strings.NewReader(strings.Repeat("x", gpu.MaxRequest+1))
+	cmd.Stdin = strings.NewReader(strings.Repeat("x", protocol.MaxRequest+1))
 	if out, err := cmd.Output(); err == nil || len(out) > 0 {
 		t.Errorf("a long line: %s, %v", out, err)
 	}

@@ -9,8 +9,7 @@ import (
 	"github.com/NVIDIA/go-nvml/pkg/dl"
 	nv "github.com/NVIDIA/go-nvml/pkg/nvml"
 
-	"chrysalis/agent/gpu"
-	"chrysalis/attest/nvidia"
+	"chrysalis/agent/gpu/protocol"
 )
 
 // library is NVIDIA's, loaded with the first request. A call of a function that
@@ -32,7 +31,7 @@ func (l *library) need(symbols ...string) error {
 	}
 	for _, s := range symbols {
 		if l.api.Extensions().LookupSymbol(s) != nil {
-			return &failure{gpu.CodeNoSymbol, s}
+			return &failure{protocol.CodeNoSymbol, s}
 		}
 	}
 	return nil
@@ -43,11 +42,11 @@ func (l *library) need(symbols ...string) error {
 func (l *library) open() error {
 	probe := dl.New(l.path, dl.RTLD_LAZY|dl.RTLD_GLOBAL)
 	if err := probe.Open(); err != nil {
-		return &failure{gpu.CodeNoLibrary, ""}
+		return &failure{protocol.CodeNoLibrary, ""}
 	}
 	for _, s := range []string{"nvmlInit_v2", "nvmlShutdown", "nvmlErrorString"} {
 		if probe.Lookup(s) != nil {
-			return &failure{gpu.CodeNoSymbol, s}
+			return &failure{protocol.CodeNoSymbol, s}
 		}
 	}
 	l.api = nv.New(nv.WithLibraryPath(l.path))
@@ -60,24 +59,24 @@ func (l *library) open() error {
 
 // check turns what NVML returns into an error.
 func check(r nv.Return) error {
-	code := gpu.CodeFailed
+	code := protocol.CodeFailed
 	switch r {
 	case nv.SUCCESS:
 		return nil
 	case nv.ERROR_LIBRARY_NOT_FOUND:
-		code = gpu.CodeNoLibrary
+		code = protocol.CodeNoLibrary
 	case nv.ERROR_FUNCTION_NOT_FOUND:
-		code = gpu.CodeNoSymbol
+		code = protocol.CodeNoSymbol
 	case nv.ERROR_DRIVER_NOT_LOADED, nv.ERROR_LIB_RM_VERSION_MISMATCH:
-		code = gpu.CodeNoDriver
+		code = protocol.CodeNoDriver
 	case nv.ERROR_NOT_SUPPORTED:
-		code = gpu.CodeNotSupported
+		code = protocol.CodeNotSupported
 	case nv.ERROR_NO_PERMISSION:
-		code = gpu.CodeNoPermission
+		code = protocol.CodeNoPermission
 	case nv.ERROR_GPU_IS_LOST, nv.ERROR_RESET_REQUIRED:
-		code = gpu.CodeLost
+		code = protocol.CodeLost
 	case nv.ERROR_NOT_FOUND:
-		code = gpu.CodeNoGPU
+		code = protocol.CodeNoGPU
 	}
 	return &failure{code, strconv.Itoa(int(r))}
 }
@@ -90,8 +89,8 @@ func (l *library) count() (int, error) {
 	if err := check(r); err != nil {
 		return 0, err
 	}
-	if n < 0 || n > gpu.MaxGPUs {
-		return 0, &failure{gpu.CodeTooMany, strconv.Itoa(n)}
+	if n < 0 || n > protocol.MaxGPUs {
+		return 0, &failure{protocol.CodeTooMany, strconv.Itoa(n)}
 	}
 	return n, nil
 }
@@ -102,7 +101,7 @@ func (l *library) device(index int) (nv.Device, error) {
 		return nil, err
 	}
 	if index < 0 || index >= n {
-		return nil, &failure{gpu.CodeNoGPU, strconv.Itoa(index)}
+		return nil, &failure{protocol.CodeNoGPU, strconv.Itoa(index)}
 	}
 	if err := l.need("nvmlDeviceGetHandleByIndex_v2"); err != nil {
 		return nil, err
@@ -111,7 +110,7 @@ func (l *library) device(index int) (nv.Device, error) {
 	return d, check(r)
 }
 
-func (l *library) inventory() ([]gpu.GPU, error) {
+func (l *library) inventory() ([]protocol.GPU, error) {
 	n, err := l.count()
 	if err != nil {
 		return nil, err
@@ -123,13 +122,13 @@ func (l *library) inventory() ([]gpu.GPU, error) {
 	if err := check(r); err != nil {
 		return nil, err
 	}
-	var out []gpu.GPU
+	var out []protocol.GPU
 	for i := range n {
 		d, err := l.device(i)
 		if err != nil {
 			return nil, err
 		}
-		g := gpu.GPU{Index: i, Driver: driver, Fabric: l.fabric(d), Links: l.links(d)}
+		g := protocol.GPU{Index: i, Driver: driver, Fabric: l.fabric(d), Links: l.links(d)}
 		var returns [4]nv.Return
 		var pci nv.PciInfo
 		g.UUID, returns[0] = d.GetUUID()
@@ -177,23 +176,23 @@ func (l *library) links(d nv.Device) int {
 	return active
 }
 
-func (l *library) fabric(d nv.Device) gpu.Fabric {
+func (l *library) fabric(d nv.Device) protocol.Fabric {
 	if l.need("nvmlDeviceGetGpuFabricInfo") != nil {
-		return gpu.FabricNone
+		return protocol.FabricNone
 	}
 	info, r := d.GetGpuFabricInfo()
 	if r != nv.SUCCESS {
-		return gpu.FabricNone
+		return protocol.FabricNone
 	}
 	switch info.State {
 	case nv.GPU_FABRIC_STATE_NOT_STARTED:
-		return gpu.FabricNotStarted
+		return protocol.FabricNotStarted
 	case nv.GPU_FABRIC_STATE_IN_PROGRESS:
-		return gpu.FabricInProgress
+		return protocol.FabricInProgress
 	case nv.GPU_FABRIC_STATE_COMPLETED:
-		return gpu.FabricCompleted
+		return protocol.FabricCompleted
 	}
-	return gpu.FabricNone
+	return protocol.FabricNone
 }
 
 // Values of nvml.h, NVML_CC_*.
@@ -206,14 +205,14 @@ const (
 	accepting       = 1
 )
 
-func (l *library) system() (*gpu.System, error) {
+func (l *library) system() (*protocol.System, error) {
 	if err := l.need("nvmlSystemGetConfComputeCapabilities", "nvmlSystemGetConfComputeState"); err != nil {
 		return nil, err
 	}
 	capabilities, r := l.api.SystemGetConfComputeCapabilities()
 	if r == nv.ERROR_NOT_SUPPORTED {
 		// As on a GPU, or with a driver, that has no such mode: that is an answer.
-		return &gpu.System{Environment: "unavailable", MultiGPU: nvidia.MultiGPUNone}, nil
+		return &protocol.System{Environment: "unavailable", MultiGPU: protocol.MultiGPUNone}, nil
 	}
 	if err := check(r); err != nil {
 		return nil, err
@@ -222,9 +221,9 @@ func (l *library) system() (*gpu.System, error) {
 	if err := check(r); err != nil {
 		return nil, err
 	}
-	s := &gpu.System{
+	s := &protocol.System{
 		Capable: capabilities.GpusCaps == ccCapable, CC: state.CcFeature == ccOn, DevTools: state.DevToolsMode == devToolsOn,
-		Environment: "unavailable", MultiGPU: nvidia.MultiGPUNone,
+		Environment: "unavailable", MultiGPU: protocol.MultiGPUNone,
 	}
 	switch state.Environment {
 	case environmentSim:
@@ -241,15 +240,15 @@ func (l *library) system() (*gpu.System, error) {
 			switch settings.MultiGpuMode {
 			case 0:
 			case 1:
-				s.MultiGPU = nvidia.MultiGPUProtectedPCIe
+				s.MultiGPU = protocol.MultiGPUProtectedPCIe
 			case 2:
-				s.MultiGPU = nvidia.MultiGPUNVLE
+				s.MultiGPU = protocol.MultiGPUNVLE
 			default:
-				return nil, &failure{gpu.CodeBadAnswer, fmt.Sprintf("multi-GPU mode %d", settings.MultiGpuMode)}
+				return nil, &failure{protocol.CodeBadAnswer, fmt.Sprintf("multi-GPU mode %d", settings.MultiGpuMode)}
 			}
 		}
 	}
-	if s.CC || s.MultiGPU != nvidia.MultiGPUNone {
+	if s.CC || s.MultiGPU != protocol.MultiGPUNone {
 		if err := l.need("nvmlSystemGetConfComputeGpusReadyState"); err != nil {
 			return nil, err
 		}
@@ -262,7 +261,7 @@ func (l *library) system() (*gpu.System, error) {
 	return s, nil
 }
 
-func (l *library) attest(index int, nonce [nvidia.NonceSize]byte) (*gpu.Proof, error) {
+func (l *library) attest(index int, nonce [protocol.NonceSize]byte) (*protocol.Proof, error) {
 	d, err := l.device(index)
 	if err != nil {
 		return nil, err
@@ -280,12 +279,12 @@ func (l *library) attest(index int, nonce [nvidia.NonceSize]byte) (*gpu.Proof, e
 	}
 	n, m := int(report.AttestationReportSize), int(chain.AttestationCertChainSize)
 	if n < 1 || n > len(report.AttestationReport) || m < 1 || m > len(chain.AttestationCertChain) {
-		return nil, &failure{gpu.CodeBadAnswer, fmt.Sprintf("sizes %d and %d", n, m)}
+		return nil, &failure{protocol.CodeBadAnswer, fmt.Sprintf("sizes %d and %d", n, m)}
 	}
-	return &gpu.Proof{Report: report.AttestationReport[:n], Chain: chain.AttestationCertChain[:m]}, nil
+	return &protocol.Proof{Report: report.AttestationReport[:n], Chain: chain.AttestationCertChain[:m]}, nil
 }
 
-func (l *library) health(index int) (*gpu.Health, error) {
+func (l *library) health(index int) (*protocol.Health, error) {
 	d, err := l.device(index)
 	if err != nil {
 		return nil, err
@@ -299,12 +298,12 @@ func (l *library) health(index int) (*gpu.Health, error) {
 	}
 	errors, r := d.GetTotalEccErrors(nv.MEMORY_ERROR_TYPE_UNCORRECTED, nv.VOLATILE_ECC)
 	if r == nv.ERROR_NOT_SUPPORTED {
-		return &gpu.Health{}, nil // without ECC there is no count
+		return &protocol.Health{}, nil // without ECC there is no count
 	}
 	if err := check(r); err != nil {
 		return nil, err
 	}
-	return &gpu.Health{Uncorrectable: errors}, nil
+	return &protocol.Health{Uncorrectable: errors}, nil
 }
 
 func (l *library) setReady(ready bool) error {

@@ -18,8 +18,7 @@ import (
 	"runtime/debug"
 	"syscall"
 
-	"chrysalis/agent/gpu"
-	"chrysalis/attest/nvidia"
+	"chrysalis/agent/gpu/protocol"
 )
 
 // memoryLimit is what Go's heap may take. The library's own memory comes on top.
@@ -55,7 +54,7 @@ func keepOutput() (*os.File, error) {
 
 // failure is an answer other than CodeOK.
 type failure struct {
-	code   gpu.Code
+	code   protocol.Code
 	detail string
 }
 
@@ -63,15 +62,15 @@ func (f *failure) Error() string { return string(f.code) + " " + f.detail }
 
 // nvml is NVIDIA's library. All errors are of type *failure.
 type nvml interface {
-	inventory() ([]gpu.GPU, error)
-	system() (*gpu.System, error)
-	attest(index int, nonce [nvidia.NonceSize]byte) (*gpu.Proof, error)
-	health(index int) (*gpu.Health, error)
+	inventory() ([]protocol.GPU, error)
+	system() (*protocol.System, error)
+	attest(index int, nonce [protocol.NonceSize]byte) (*protocol.Proof, error)
+	health(index int) (*protocol.Health, error)
 	setReady(ready bool) error
 }
 
 func serve(in io.Reader, out io.Writer, n nvml) error {
-	requests := bufio.NewReaderSize(in, gpu.MaxRequest)
+	requests := bufio.NewReaderSize(in, protocol.MaxRequest)
 	for {
 		line, err := requests.ReadSlice('\n')
 		if err == io.EOF && len(line) == 0 {
@@ -90,39 +89,39 @@ func serve(in io.Reader, out io.Writer, n nvml) error {
 	}
 }
 
-func answer(line []byte, n nvml) (a gpu.Answer) {
-	var r gpu.Request
+func answer(line []byte, n nvml) (a protocol.Answer) {
+	var r protocol.Request
 	dec := json.NewDecoder(bytes.NewReader(line))
 	dec.DisallowUnknownFields()
-	if err := dec.Decode(&r); err != nil || r.Version != gpu.Version {
-		return gpu.Answer{Code: gpu.CodeBadRequest}
+	if err := dec.Decode(&r); err != nil || r.Version != protocol.Version {
+		return protocol.Answer{Code: protocol.CodeBadRequest}
 	}
 	a.ID = r.ID
 	var err error
 	switch r.Op {
-	case gpu.OpInventory:
+	case protocol.OpInventory:
 		a.GPUs, err = n.inventory()
 		if err == nil && a.GPUs == nil {
-			err = &failure{gpu.CodeNoGPU, ""}
+			err = &failure{protocol.CodeNoGPU, ""}
 		}
-	case gpu.OpSystem:
+	case protocol.OpSystem:
 		a.System, err = n.system()
-	case gpu.OpAttest:
-		if len(r.Nonce) != nvidia.NonceSize {
-			err = &failure{gpu.CodeBadRequest, "nonce"}
+	case protocol.OpAttest:
+		if len(r.Nonce) != protocol.NonceSize {
+			err = &failure{protocol.CodeBadRequest, "nonce"}
 			break
 		}
-		a.Proof, err = n.attest(r.GPU, [nvidia.NonceSize]byte(r.Nonce))
-	case gpu.OpHealth:
+		a.Proof, err = n.attest(r.GPU, [protocol.NonceSize]byte(r.Nonce))
+	case protocol.OpHealth:
 		a.Health, err = n.health(r.GPU)
-	case gpu.OpSetReady:
+	case protocol.OpSetReady:
 		err = n.setReady(r.Ready)
 	default:
-		err = &failure{gpu.CodeBadRequest, "op"}
+		err = &failure{protocol.CodeBadRequest, "op"}
 	}
-	a.Code = gpu.CodeOK
+	a.Code = protocol.CodeOK
 	if err != nil {
-		a = gpu.Answer{ID: r.ID, Code: gpu.CodeFailed}
+		a = protocol.Answer{ID: r.ID, Code: protocol.CodeFailed}
 		if f, ok := errors.AsType[*failure](err); ok {
 			a.Code, a.Detail = f.code, f.detail
 		}

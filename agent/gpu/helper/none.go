@@ -3,8 +3,7 @@
 package main
 
 import (
-	"chrysalis/agent/gpu"
-	"chrysalis/attest/nvidia"
+	"chrysalis/agent/gpu/protocol"
 )
 
 // none is what a helper built without the library's binding has in place of the library.
@@ -12,10 +11,10 @@ type none struct{}
 
 func newLibrary(string) nvml { return none{} }
 
-var errNone = &failure{gpu.CodeNoLibrary, "built without the tag nvml"}
+var errNone = &failure{protocol.CodeNoLibrary, "built without the tag nvml"}
 
-func (none) inventory() ([]gpu.GPU, error)                          { return nil, errNone }
-func (none) system() (*gpu.System, error)                           { return nil, errNone }
-func (none) attest(int, [nvidia.NonceSize]byte) (*gpu.Proof, error) { return nil, errNone }
-func (none) health(int) (*gpu.Health, error)                        { return nil, errNone }
-func (none) setReady(bool) error                                    { return errNone }
+func (none) inventory() ([]protocol.GPU, error)                            { return nil, errNone }
+func (none) system() (*protocol.System, error)                             { return nil, errNone }
+func (none) attest(int, [protocol.NonceSize]byte) (*protocol.Proof, error) { return nil, errNone }
+func (none) health(int) (*protocol.Health, error)                          { return nil, errNone }
+func (none) setReady(bool) error                                           { return errNone }

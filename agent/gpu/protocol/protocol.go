@@ -1,19 +1,13 @@
-// Package gpu speaks with the NVML helper: a program on the engine disk that
-// loads NVIDIA's management library, which no static program can. The agent runs
-// it, asks it one thing at a time, and believes nothing of what it says that a GPU
-// has not signed: its answers are bounded, strict and enumerated, and it may die,
-// hang, flood or lie without hurting PID 1.
-//
-// Requests and answers are JSON objects, one a line, over the helper's standard
-// input and output. NVML is never called while a client waits for a token.
-package gpu
+// Package protocol is what the agent and the NVML helper say to each other: JSON
+// objects, one a line, requests over the helper's standard input and answers over
+// its standard output.
+package protocol
 
 import (
 	"fmt"
 	"regexp"
 
 	"chrysalis/attest/evidence"
-	"chrysalis/attest/nvidia"
 )
 
 // Version is the protocol's.
@@ -24,7 +18,11 @@ const (
 	MaxRequest = 4 << 10  // bytes of a line
 	MaxAnswer  = 64 << 10 // bytes of a line
 	MaxGPUs    = 16       // more are an error
-	maxLinks   = 18       // NVML_NVLINK_MAX_LINKS
+
+	NonceSize     = 32     // bytes
+	MaxReportSize = 0x2000 // bytes; NVML_CC_GPU_ATTESTATION_REPORT_SIZE
+	MaxChainSize  = 0x1400 // bytes; NVML_GPU_ATTESTATION_CERT_CHAIN_SIZE
+	maxLinks      = 18     // NVML_NVLINK_MAX_LINKS
 )
 
 // Op is what the helper is asked for.
@@ -45,7 +43,7 @@ type Request struct {
 	ID      uint64         `json:"id"` // comes back with the answer
 	Op      Op             `json:"op"`
 	GPU     int            `json:"gpu,omitempty"`   // of OpAttest and OpHealth, NVML's index
-	Nonce   evidence.Bytes `json:"nonce,omitempty"` // of OpAttest, nvidia.NonceSize bytes
+	Nonce   evidence.Bytes `json:"nonce,omitempty"` // of OpAttest, NonceSize bytes
 	Ready   bool           `json:"ready,omitempty"` // of OpSetReady
 }
 
@@ -120,14 +118,24 @@ const (
 	FabricCompleted  Fabric = "completed"
 )
 
+// MultiGPU is how GPUs work together; package attest/nvidia has the same names.
+type MultiGPU string
+
+// The modes, as NVML_CC_SYSTEM_MULTIGPU_*.
+const (
+	MultiGPUNone          MultiGPU = "none"
+	MultiGPUProtectedPCIe MultiGPU = "protected-pcie"
+	MultiGPUNVLE          MultiGPU = "nvlink-encryption"
+)
+
 // System is the confidential-computing state of the driver and all its GPUs.
 type System struct {
-	Capable     bool            `json:"capable"`     // the GPUs can
-	CC          bool            `json:"cc"`          // and it is on
-	DevTools    bool            `json:"devtools"`    // in its debugging mode
-	Environment string          `json:"environment"` // production, simulation or unavailable
-	MultiGPU    nvidia.MultiGPU `json:"multi_gpu"`   // none where an old driver does not tell
-	Ready       bool            `json:"ready"`       // the GPUs take work
+	Capable     bool     `json:"capable"`     // the GPUs can
+	CC          bool     `json:"cc"`          // and it is on
+	DevTools    bool     `json:"devtools"`    // in its debugging mode
+	Environment string   `json:"environment"` // production, simulation or unavailable
+	MultiGPU    MultiGPU `json:"multi_gpu"`   // none where an old driver does not tell
+	Ready       bool     `json:"ready"`       // the GPUs take work
 }
 
 // Proof is a report over the request's nonce.
@@ -147,8 +155,8 @@ var (
 	textRE = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9 ._()/-]{0,79}$`)
 )
 
-// check reports what in an answer to a request is out of bounds.
-func (a *Answer) check(r *Request) error {
+// Check reports what in an answer to a request is out of bounds.
+func (a *Answer) Check(r *Request) error {
 	if a.ID != r.ID {
 		return fmt.Errorf("answer %d to request %d", a.ID, r.ID)
 	}
@@ -181,7 +189,7 @@ func (a *Answer) check(r *Request) error {
 	}
 	if s := a.System; s != nil {
 		switch s.MultiGPU {
-		case nvidia.MultiGPUNone, nvidia.MultiGPUProtectedPCIe, nvidia.MultiGPUNVLE:
+		case MultiGPUNone, MultiGPUProtectedPCIe, MultiGPUNVLE:
 		default:
 			return fmt.Errorf("there is no multi-GPU mode %.40q", s.MultiGPU)
 		}
@@ -191,7 +199,7 @@ func (a *Answer) check(r *Request) error {
 			return fmt.Errorf("there is no environment %.40q", s.Environment)
 		}
 	}
-	if p := a.Proof; p != nil && (len(p.Report) < 1 || len(p.Report) > nvidia.MaxReportSize || len(p.Chain) < 1 || len(p.Chain) > nvidia.MaxChainSize) {
+	if p := a.Proof; p != nil && (len(p.Report) < 1 || len(p.Report) > MaxReportSize || len(p.Chain) < 1 || len(p.Chain) > MaxChainSize) {
 		return fmt.Errorf("a report of %d bytes with a chain of %d", len(p.Report), len(p.Chain))
 	}
 	return nil
