@@ -32,13 +32,19 @@ const body = `{"model":"chrysalis/demo","stream":true,"temperature":0,"max_token
 
 func main() {
 	demo := flag.Bool("demo", true, "time 'make demo' from a clean clone with an empty cache, too")
-	only := flag.String("only", "", "'disks' measures packing only")
+	only := flag.String("only", "", "'disks' measures packing only, 'prefetch' reading in the VM only")
 	flag.Parse()
 	measure := func() error { return run(*demo) }
-	if *only == "disks" {
+	switch *only {
+	case "disks":
 		measure = func() error {
 			head()
 			return disks()
+		}
+	case "prefetch":
+		measure = func() error {
+			head()
+			return withHost(host.prefetch)
 		}
 	}
 	if err := measure(); err != nil {
@@ -96,18 +102,10 @@ func run(demo bool) error {
 		}
 	}
 
-	state, err := os.MkdirTemp("", "chrysalis-bench-")
-	if err != nil {
-		return err
-	}
-	defer os.RemoveAll(state)
-	h := host{state}
-	defer h.run("down", "--all", "--now")
-	if err := h.boot(); err != nil {
-		return err
-	}
-	if err := h.overhead(); err != nil {
-		return err
+	for _, measure := range []func(host) error{host.boot, host.overhead, host.prefetch} {
+		if err := withHost(measure); err != nil {
+			return err
+		}
 	}
 	if err := disks(); err != nil {
 		return err
@@ -116,6 +114,18 @@ func run(demo bool) error {
 		return cleanDemo()
 	}
 	return nil
+}
+
+// withHost gives a measurement a host of its own.
+func withHost(measure func(host) error) error {
+	state, err := os.MkdirTemp("", "chrysalis-bench-")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(state)
+	h := host{state}
+	defer h.run("down", "--all", "--now")
+	return measure(h)
 }
 
 // host runs the CLI with a state of its own.
