@@ -7,6 +7,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"net"
 	"net/http"
 	"os"
 	"sync"
@@ -63,11 +64,12 @@ type agent struct {
 	encoded   []byte             // manifest: as it was read
 	manifest  *manifest.Manifest // manifest
 	engine    string             // disks: mount point of the engine disk
-	models    []string           // disks: mount points of the model disks
+	models    []model            // disks
 	devices   []*verity.Device   // disks
 	profile   *profile.Profile   // disks
 	gpus      int                // devices: how many there are
-	child     *supervisor        // engine
+	children  []*supervisor      // engine: one for each model
+	engines   sync.Mutex         // engine: held while the state of all of them is told
 	engineLog port.Log           // engine: its output
 	status    *port.Status       // modules: the status port
 	identity  tls.Certificate    // identity
@@ -227,8 +229,8 @@ func (a *agent) serve(context.Context) error {
 		Certificate: a.identity,
 		ReceiptKey:  a.receipts,
 		Manifest:    manifest.SHA384(a.encoded),
-		Engine:      a.child.dial,
-		Ready:       func() bool { return a.alive.Err() == nil && a.child.ready() },
+		Engine:      func(ctx context.Context, model int) (net.Conn, error) { return a.children[model].dial(ctx) },
+		Ready:       func() bool { return a.alive.Err() == nil && a.anyReady() },
 		Evidence:    a.prover.Evidence,
 		FirstClient: a.status.CloseLog,
 		Counters:    &a.counters,

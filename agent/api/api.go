@@ -66,8 +66,8 @@ type Config struct {
 	ReceiptKey ed25519.PrivateKey
 	// Manifest is the SHA-384 of the VM's manifest.
 	Manifest [48]byte
-	// Engine dials the engine's socket.
-	Engine func(context.Context) (net.Conn, error)
+	// Engine dials the socket of the engine that serves a model, an index of Models.
+	Engine func(ctx context.Context, model int) (net.Conn, error)
 	// Evidence returns an attest/evidence document that lists the nonce. It may take
 	// as long as a quote does.
 	Evidence func(ctx context.Context, nonce [evidence.NonceSize]byte) ([]byte, error)
@@ -98,6 +98,7 @@ type Server struct {
 	bodyTotal time.Duration
 	places    chan struct{}             // one for each request in the engine
 	names     map[string]string         // what a client may call a model, and what the engine is told
+	engines   map[string]int            // a model's index, by what its engine is told
 	models    []byte                    // the answer to /v1/models
 	served    map[string]manifest.Model // by what the engine is told
 	tokens    [][sha256.Size]byte
@@ -127,6 +128,7 @@ func New(c Config) *Server {
 		waiting:  waiting{since: map[net.Conn]wait{}},
 		places:   make(chan struct{}, c.Limits.Concurrency),
 		names:    map[string]string{},
+		engines:  map[string]int{},
 		served:   map[string]manifest.Model{},
 		models:   modelList(c.Models),
 		tokens:   tokenHashes(c.Tokens),
@@ -147,10 +149,12 @@ func New(c Config) *Server {
 	if s.counters == nil {
 		s.counters = new(Counters)
 	}
-	for _, m := range c.Models {
-		s.served[m.Name] = m
-		s.names[m.Name] = m.Name
-		s.names[m.ID()] = m.Name
+	for i, m := range c.Models {
+		// A client that wants one model and no other says its root hash, too.
+		for _, name := range []string{m.Name, m.ID(), m.ID() + ":" + m.Disk.RootHash} {
+			s.names[name] = m.Name
+		}
+		s.engines[m.Name], s.served[m.Name] = i, m
 	}
 	memory := c.BodyMemory
 	if memory == 0 {
@@ -222,7 +226,7 @@ func modelList(models []manifest.Model) []byte {
 	}{Object: "list", Data: []entry{}}
 	for _, m := range models {
 		org, _, _ := strings.Cut(m.Name, "/")
-		list.Data = append(list.Data, entry{m.Name, "model", 0, org, m.Revision, m.Disk.RootHash})
+		list.Data = append(list.Data, entry{m.ID(), "model", 0, org, m.Revision, m.Disk.RootHash})
 	}
 	body, err := json.Marshal(list)
 	if err != nil {

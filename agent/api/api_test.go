@@ -42,6 +42,7 @@ const helloStream = `{"model":"chrysalis/demo","stream":true,"messages":[{"role"
 
 // bench is a server between a client and a fake engine.
 type bench struct {
+	asked atomic.Int64 // the model whose engine was dialled last
 	*Server
 	counters Counters
 	address  string
@@ -130,7 +131,8 @@ func start(t testing.TB, engine http.HandlerFunc, change func(*Config), tweak fu
 		Certificate: testCertificate(),
 		ReceiptKey:  testReceiptKey,
 		Manifest:    [48]byte{1},
-		Engine: func(ctx context.Context) (net.Conn, error) {
+		Engine: func(ctx context.Context, model int) (net.Conn, error) {
+			b.asked.Store(int64(model))
 			return new(net.Dialer).DialContext(ctx, "unix", b.socket)
 		},
 		Ready:       b.ready.Load,
@@ -269,8 +271,8 @@ func TestModels(t *testing.T) {
 	b := start(t, nil, nil, nil)
 	resp, body := b.do(t, b.request(t, "GET", "/v1/models", ""))
 	want := `{"object":"list","data":[` +
-		`{"id":"chrysalis/demo","object":"model","created":0,"owned_by":"chrysalis","revision":"1","root_hash":"` + strings.Repeat("ab", 32) + `"},` +
-		`{"id":"other/model","object":"model","created":0,"owned_by":"other","revision":"r2","root_hash":"` + strings.Repeat("cd", 32) + `"}]}`
+		`{"id":"chrysalis/demo@1","object":"model","created":0,"owned_by":"chrysalis","revision":"1","root_hash":"` + strings.Repeat("ab", 32) + `"},` +
+		`{"id":"other/model@r2","object":"model","created":0,"owned_by":"other","revision":"r2","root_hash":"` + strings.Repeat("cd", 32) + `"}]}`
 	if resp.StatusCode != 200 || body != want {
 		t.Errorf("got %d %s\nwant %s", resp.StatusCode, body, want)
 	}
@@ -293,7 +295,7 @@ func TestForward(t *testing.T) {
 			`{"m\u006fdel":"chrysalis/demo","messages":[{"role":"user","content":[{"type":"text","text":"x"}]}]}`,
 			`{"messages":[{"role":"user","content":[{"type":"text","text":"x"}]}],"model":"chrysalis/demo","cache_prompt":false}`},
 		{"completion", "/v1/completions",
-			`{"prompt":"once","model":"other/model","temperature":0,"seed":-1,"stream":false}`,
+			`{"prompt":"once","model":"other/model@r2:` + strings.Repeat("cd", 32) + `","temperature":0,"seed":-1,"stream":false}`,
 			`{"prompt":"once","model":"other/model","stream":false,"temperature":0,"seed":-1,"cache_prompt":false}`},
 		{"embeddings", "/v1/embeddings",
 			`{"input":["a","b"],"model":"chrysalis/demo","encoding_format":"base64"}`,
@@ -303,7 +305,8 @@ func TestForward(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			const answer = `{"object":"answer"}`
 			got := make(chan string, 1)
-			b := start(t, func(w http.ResponseWriter, r *http.Request) {
+			var b *bench
+			b = start(t, func(w http.ResponseWriter, r *http.Request) {
 				body, _ := io.ReadAll(r.Body)
 				var header []string
 				for name := range r.Header {
@@ -318,6 +321,9 @@ func TestForward(t *testing.T) {
 				}
 				if r.URL.Path != test.path || r.Host != "engine" {
 					t.Errorf("the engine got %s %s", r.Host, r.URL.Path)
+				}
+				if want := strings.Contains(test.body, "other/model"); want != (b.asked.Load() == 1) {
+					t.Errorf("model %d's engine got %s", b.asked.Load(), body)
 				}
 				got <- string(body)
 				w.Header().Set("X-Engine", "secret")
@@ -1081,7 +1087,7 @@ func TestPanicIsContained(t *testing.T) {
 	}{
 		{"in a request", func(c *Config) { c.Ready = func() bool { panic("secret") } }},
 		// On a goroutine of net/http's, where it would end the process.
-		{"while dialling", func(c *Config) { c.Engine = func(context.Context) (net.Conn, error) { panic("secret") } }},
+		{"while dialling", func(c *Config) { c.Engine = func(context.Context, int) (net.Conn, error) { panic("secret") } }},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			b := start(t, nil, test.config, nil)

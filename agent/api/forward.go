@@ -8,6 +8,7 @@ import (
 	"mime"
 	"net"
 	"net/http"
+	"strconv"
 	"strings"
 	"time"
 	"unicode/utf8"
@@ -27,16 +28,22 @@ const (
 // engineDown is a dial that failed: the engine is being restarted.
 type engineDown struct{ error }
 
-func engineTransport(dial func(context.Context) (net.Conn, error)) *http.Transport {
+// engineTransport dials the engine whose index is the host's name.
+func engineTransport(dial func(context.Context, int) (net.Conn, error)) *http.Transport {
 	return &http.Transport{
-		DialContext: func(ctx context.Context, _, _ string) (conn net.Conn, err error) {
+		DialContext: func(ctx context.Context, _, address string) (conn net.Conn, err error) {
 			// net/http dials on a goroutine of its own, where ServeHTTP contains nothing.
 			defer func() {
 				if recover() != nil {
 					conn, err = nil, errInternal
 				}
 			}()
-			if conn, err = dial(ctx); err != nil {
+			host, _, _ := strings.Cut(address, ":")
+			model, err := strconv.Atoi(host)
+			if err != nil {
+				return nil, errInternal
+			}
+			if conn, err = dial(ctx, model); err != nil {
 				return nil, engineDown{err}
 			}
 			return conn, nil
@@ -63,10 +70,11 @@ func (x *exchange) forward(req *request) error {
 	defer idle.Stop()
 
 	body, length := req.encode()
-	out, err := http.NewRequestWithContext(ctx, req.route.method, "http://engine"+req.route.path, io.NopCloser(&body))
+	out, err := http.NewRequestWithContext(ctx, req.route.method, "http://"+strconv.Itoa(x.s.engines[req.model])+req.route.path, io.NopCloser(&body))
 	if err != nil {
 		return errInternal
 	}
+	out.Host = "engine" // the address is the agent's matter
 	out.ContentLength = length
 	// Nothing of the client's header. The empty one keeps net/http from naming
 	// itself.

@@ -19,7 +19,7 @@ type request struct {
 	values [][]byte // beside route.fields; nil where absent
 	stream bool
 	usage  bool   // the client wants the usage at the stream's end
-	model  string // as the engine knows it
+	model  string // what its engine is told
 }
 
 // alwaysUsage is what the engine is told about streams: the agent wants to know for

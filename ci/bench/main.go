@@ -31,17 +31,12 @@ const body = `{"model":"chrysalis/demo","stream":true,"temperature":0,"max_token
 	`"messages":[{"role":"user","content":"Who can read my prompt?"}]}`
 
 func main() {
-	demo := flag.Bool("demo", true, "time 'make demo' from a clean clone with an empty cache, too")
-	only := flag.Bool("attest", false, "measure verification and the proxy only, which needs no VM")
+	vms := flag.Bool("vms", true, "boot VMs and ask them")
+	demo := flag.Bool("demo", true, "time 'make demo' from a clean clone with an empty cache")
+	build := flag.Bool("builds", true, "time builds")
+	verify := flag.Bool("attest", true, "measure verification and the proxy")
 	flag.Parse()
-	if *only {
-		if err := attestation(); err != nil {
-			fmt.Fprintln(os.Stderr, "bench:", err)
-			os.Exit(1)
-		}
-		return
-	}
-	if err := run(*demo); err != nil {
+	if err := run(*vms, *demo, *build, *verify); err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		os.Exit(1)
 	}
@@ -71,7 +66,7 @@ func number(v float64) string {
 	return strconv.FormatFloat(v, 'f', 2, 64)
 }
 
-func run(demo bool) error {
+func run(vms, demo, build, verify bool) error {
 	fmt.Printf("%s, %d processors, %s\n\n", cpu(), runtime.NumCPU(), time.Now().UTC().Format(time.DateOnly))
 	fmt.Println("| what | measured | limit | |")
 	fmt.Println("|---|---|---|---|")
@@ -92,6 +87,22 @@ func run(demo bool) error {
 		}
 	}
 
+	for _, part := range []struct {
+		wanted  bool
+		measure func() error
+	}{{verify, attestation}, {vms, inVMs}, {demo, cleanDemo}, {build, builds}} {
+		if !part.wanted {
+			continue
+		}
+		if err := part.measure(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// inVMs measures in VMs that it boots.
+func inVMs() error {
 	state, err := os.MkdirTemp("", "chrysalis-bench-")
 	if err != nil {
 		return err
@@ -102,16 +113,7 @@ func run(demo bool) error {
 	if err := h.boot(); err != nil {
 		return err
 	}
-	if err := h.overhead(); err != nil {
-		return err
-	}
-	if err := attestation(); err != nil {
-		return err
-	}
-	if demo {
-		return cleanDemo()
-	}
-	return nil
+	return h.overhead()
 }
 
 // host runs the CLI with a state of its own.
