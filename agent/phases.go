@@ -73,6 +73,7 @@ type agent struct {
 	engineLog port.Log           // engine: its output
 	status    *port.Status       // modules: the status port
 	identity  tls.Certificate    // identity
+	receipts  ed25519.PrivateKey // identity
 	prover    *proof.Prover      // identity
 	server    *api.Server        // serve
 }
@@ -189,8 +190,8 @@ func (a *agent) makeIdentity(context.Context) (err error) {
 	if a.identity, err = newIdentity(); err != nil {
 		return err
 	}
-	receiptKey, _, err := ed25519.GenerateKey(rand.Reader)
-	if err != nil {
+	var receiptKey ed25519.PublicKey
+	if receiptKey, a.receipts, err = ed25519.GenerateKey(rand.Reader); err != nil {
 		return fmt.Errorf("make the receipt key: %w", err)
 	}
 	log, err := cel.Encode(a.platform.Register(), a.events)
@@ -226,6 +227,8 @@ func (a *agent) serve(context.Context) error {
 		Limits:      a.manifest.Limits,
 		Tokens:      a.manifest.Tokens,
 		Certificate: a.identity,
+		ReceiptKey:  a.receipts,
+		Manifest:    manifest.SHA384(a.encoded),
 		Engine:      func(ctx context.Context, model int) (net.Conn, error) { return a.children[model].dial(ctx) },
 		Ready:       func() bool { return a.alive.Err() == nil && a.anyReady() },
 		Evidence:    a.prover.Evidence,

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -110,7 +111,8 @@ func MakeTools(ctx context.Context, lock *Lock, mirrors []string, progress Progr
 		"--dpkgopt=path-exclude=/usr/share/locale/*",
 		"--dpkgopt=force-unsafe-io",
 		tree.Suites[0].Name, "-",
-		"deb [trusted=yes] copy://"+repo+" ./")
+		// apt takes the address apart at spaces.
+		"deb [trusted=yes] "+(&url.URL{Scheme: "copy", Path: repo}).String()+" ./")
 	build.Env = append(os.Environ(), fmt.Sprintf("SOURCE_DATE_EPOCH=%d", tree.Epoch().Unix()), "LC_ALL=C.UTF-8")
 	if os.Geteuid() == 0 {
 		// An ordinary user's mmdebstrap needs newuidmap, which works in no namespace of
@@ -150,7 +152,8 @@ func openSound(ctx context.Context, dir string, progress Progress) (*toolsroot.R
 	return root, nil
 }
 
-// forget takes out of a new tools root what tells when and where it was made.
+// forget takes out of a new tools root what tells when and where it was made, and
+// what keeps an ordinary user from reading all of it.
 func forget(root string) error {
 	// It names the local folder, which is elsewhere each time.
 	if err := os.WriteFile(filepath.Join(root, "etc/apt/sources.list"), nil, 0o644); err != nil {
@@ -168,7 +171,18 @@ func forget(root string) error {
 			return fmt.Errorf("empty %s of the tools root: %w", dir, err)
 		}
 	}
-	return nil
+	// The shadow files are nobody's to read, and there are no passwords in them;
+	// whoever made the root must be able to check it.
+	return filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
+		if err != nil || !d.Type().IsRegular() {
+			return err
+		}
+		info, err := d.Info()
+		if err != nil || info.Mode()&0o400 != 0 {
+			return err
+		}
+		return os.Chmod(path, info.Mode()|0o400)
+	})
 }
 
 // pipe runs two commands, the output of one being the input of the other.

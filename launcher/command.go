@@ -43,12 +43,15 @@ const (
 // maxDisks is the manifest, the engine and at most 16 models (package manifest).
 const maxDisks = 1 + 1 + 16
 
+// DiskSlot is the PCI device number of the first disk.
+const DiskSlot = 0x03
+
 // Slots on the root bus. Every device has a fixed one, because the slots decide
 // the ACPI tables. 0 is the host bridge and 0x1f the ICH9 bridge.
 const (
 	slotVsock = 0x02
-	slotDisk  = 0x03 // and the next 17
-	slotGPU   = 0x15 // root ports, and the next 7
+	slotDisk  = DiskSlot // and the next 17
+	slotGPU   = 0x15     // root ports, and the next 7
 )
 
 // Artefacts is what a VM of some shape is started from, as the tools root sees

@@ -28,6 +28,16 @@ type Image struct {
 	// Of a bare kernel.
 	initrd  []byte
 	cmdline string
+
+	mu   sync.Mutex // guards done
+	done map[Algorithm]imageEvents
+}
+
+// imageEvents are what events returned once.
+type imageEvents struct {
+	first Event
+	rest  []Event
+	err   error
 }
 
 // ReadUKI reads a UKI of size bytes; name is for errors.
@@ -177,6 +187,20 @@ func content(s *inspect.Section) ([]byte, error) {
 // it, of the stub, and of the kernel's own stub. Between the first and the rest
 // come the firmware's own.
 func (m *Image) events(a Algorithm) (first Event, rest []Event, err error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	e, ok := m.done[a]
+	if !ok {
+		e.first, e.rest, e.err = m.measure(a)
+		if m.done == nil {
+			m.done = map[Algorithm]imageEvents{}
+		}
+		m.done[a] = e
+	}
+	return e.first, e.rest, e.err
+}
+
+func (m *Image) measure(a Algorithm) (first Event, rest []Event, err error) {
 	var group sync.WaitGroup
 	var errs [4]error
 	var image, kernel, initrd []byte

@@ -11,13 +11,11 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
 	"os"
-	"path/filepath"
 	"strings"
 
 	"chrysalis/models/card"
@@ -93,7 +91,7 @@ func Pack(ctx context.Context, src string, o PackOptions) (Info, error) {
 	}
 	info, err := pack(ctx, src, o)
 	if err == nil {
-		err = writeFragment(info, o.Out+FragmentSuffix)
+		err = disk.WriteFragment(o.Out, info.Fragment())
 	}
 	if err != nil {
 		return Info{}, fmt.Errorf("pack model %s: %w", src, err)
@@ -177,9 +175,6 @@ func salt(name, revision string) []byte {
 	return sum[:]
 }
 
-// FragmentSuffix is what the name of a disk's fragment has behind the disk's own.
-const FragmentSuffix = ".json"
-
 // A Fragment is what is written beside a disk: the card, and the disk as a manifest
 // names it, with its layout.
 type Fragment struct {
@@ -200,26 +195,6 @@ func (i Info) Fragment() Fragment {
 	f.Disk.RootHash, f.Disk.Salt, f.Disk.DataBlocks = i.Disk.RootHash.String(), hex.EncodeToString(i.Disk.Salt), i.Disk.DataBlocks
 	f.Disk.DataOffset, f.Disk.HashOffset, f.Disk.Size = i.Disk.DataOffset, i.Disk.HashOffset, i.Disk.Size
 	return f
-}
-
-func writeFragment(info Info, name string) error {
-	data, err := json.MarshalIndent(info.Fragment(), "", "  ")
-	if err != nil {
-		return err
-	}
-	f, err := os.CreateTemp(filepath.Dir(name), "."+filepath.Base(name)+".*")
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(append(data, '\n'))
-	err = errors.Join(err, f.Chmod(0o644), f.Sync(), f.Close())
-	if err == nil {
-		err = os.Rename(f.Name(), name)
-	}
-	if err != nil {
-		err = errors.Join(err, os.Remove(f.Name()))
-	}
-	return err
 }
 
 // Inspect describes the model disk at path, a file or a block device, without

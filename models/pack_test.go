@@ -22,6 +22,7 @@ import (
 
 	"chrysalis/models/card"
 	"chrysalis/verity"
+	"chrysalis/verity/disk"
 )
 
 // tree is a model's files by path.
@@ -144,7 +145,7 @@ func TestPackHub(t *testing.T) {
 				t.Errorf("%+v, %v", got, err)
 			}
 			var fragment Fragment
-			raw, err := os.ReadFile(o.Out + FragmentSuffix)
+			raw, err := os.ReadFile(o.Out + disk.FragmentSuffix)
 			if err == nil {
 				err = json.Unmarshal(raw, &fragment)
 			}

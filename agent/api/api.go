@@ -21,8 +21,10 @@ package api
 
 import (
 	"context"
+	"crypto/ed25519"
 	"crypto/sha256"
 	"crypto/tls"
+	"encoding/hex"
 	"encoding/json"
 	"io"
 	"log"
@@ -60,6 +62,10 @@ type Config struct {
 	Tokens []string
 	// Certificate holds the TLS key made at boot.
 	Certificate tls.Certificate
+	// ReceiptKey signs receipts (package attest/receipt).
+	ReceiptKey ed25519.PrivateKey
+	// Manifest is the SHA-384 of the VM's manifest.
+	Manifest [48]byte
 	// Engine dials the socket of the engine that serves a model, an index of Models.
 	Engine func(ctx context.Context, model int) (net.Conn, error)
 	// Evidence returns an attest/evidence document that lists the nonce. It may take
@@ -90,16 +96,22 @@ type Server struct {
 	total     time.Duration
 	bodyIdle  time.Duration
 	bodyTotal time.Duration
-	places    chan struct{}     // one for each request in the engine
-	names     map[string]string // what a client may call a model, and what the engine is told
-	engines   map[string]int    // a model's index, by what its engine is told
-	models    []byte            // the answer to /v1/models
+	places    chan struct{}             // one for each request in the engine
+	names     map[string]string         // what a client may call a model, and what the engine is told
+	engines   map[string]int            // a model's index, by what its engine is told
+	models    []byte                    // the answer to /v1/models
+	served    map[string]manifest.Model // by what the engine is told
 	tokens    [][sha256.Size]byte
-	memory    atomic.Int64 // bytes left for bodies and held answers
-	waiting   waiting
-	draining  atomic.Bool
-	http      *http.Server
-	tls       *tls.Config
+
+	receiptKey ed25519.PrivateKey
+	manifest   string       // SHA-384, hexadecimal
+	sequence   atomic.Int64 // of the last receipt
+	tick       time.Duration
+	memory     atomic.Int64 // bytes left for bodies and held answers
+	waiting    waiting
+	draining   atomic.Bool
+	http       *http.Server
+	tls        *tls.Config
 }
 
 // New returns a server. The configuration comes from a manifest that has been
@@ -117,8 +129,14 @@ func New(c Config) *Server {
 		places:   make(chan struct{}, c.Limits.Concurrency),
 		names:    map[string]string{},
 		engines:  map[string]int{},
+		served:   map[string]manifest.Model{},
 		models:   modelList(c.Models),
 		tokens:   tokenHashes(c.Tokens),
+
+		receiptKey: c.ReceiptKey,
+		manifest:   hex.EncodeToString(c.Manifest[:]),
+		tick:       tick,
+
 		tls: &tls.Config{
 			Certificates: []tls.Certificate{c.Certificate},
 			MinVersion:   tls.VersionTLS13,
@@ -136,7 +154,7 @@ func New(c Config) *Server {
 		for _, name := range []string{m.Name, m.ID(), m.ID() + ":" + m.Disk.RootHash} {
 			s.names[name] = m.Name
 		}
-		s.engines[m.Name] = i
+		s.engines[m.Name], s.served[m.Name] = i, m
 	}
 	memory := c.BodyMemory
 	if memory == 0 {
@@ -228,6 +246,8 @@ type exchange struct {
 	bodyRead  bool
 	started   bool // the answer's header is out
 	streaming bool // and it is a stream of events
+	padding   padding
+	receipt   *pending
 }
 
 // ServeHTTP implements http.Handler.
@@ -273,6 +293,9 @@ func (s *Server) handle(x *exchange) error {
 	if err := s.checkHead(x.r); err != nil {
 		return err
 	}
+	if x.receipt, err = openReceipt(x.r.Header); err != nil {
+		return err
+	}
 	if err := s.available(); err != nil {
 		return err
 	}
@@ -292,6 +315,7 @@ func (s *Server) handle(x *exchange) error {
 	if err != nil {
 		return err
 	}
+	x.receipt.about(body, req, s.served[req.model])
 	select {
 	case s.places <- struct{}{}:
 	default:
@@ -422,7 +446,7 @@ func (x *exchange) fail(err error) {
 	}
 	if x.started {
 		if x.streaming {
-			x.write(append(append([]byte("data: "), e.body()...), "\n\n"...))
+			x.write(x.padding.event(nil, e.body()))
 		}
 		panic(http.ErrAbortHandler)
 	}

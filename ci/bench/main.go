@@ -5,7 +5,6 @@ package main
 import (
 	"bufio"
 	"bytes"
-	"context"
 	"crypto/tls"
 	"encoding/json"
 	"errors"
@@ -32,10 +31,12 @@ const body = `{"model":"chrysalis/demo","stream":true,"temperature":0,"max_token
 	`"messages":[{"role":"user","content":"Who can read my prompt?"}]}`
 
 func main() {
-	demo := flag.Bool("demo", true, "time 'make demo' from a clean clone with an empty cache, too")
-	onlyTON := flag.Bool("only-ton", false, "measure the registry on TON, and nothing that needs a VM")
+	vms := flag.Bool("vms", true, "boot VMs and ask them")
+	demo := flag.Bool("demo", true, "time 'make demo' from a clean clone with an empty cache")
+	build := flag.Bool("builds", true, "time builds")
+	chain := flag.Bool("ton", true, "measure the registry on TON")
 	flag.Parse()
-	if err := run(*demo, *onlyTON); err != nil {
+	if err := run(*vms, *demo, *build, *chain); err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		os.Exit(1)
 	}
@@ -68,13 +69,10 @@ func number(v float64) string {
 	return strconv.FormatFloat(v, 'f', 2, 64)
 }
 
-func run(demo, onlyTON bool) error {
+func run(vms, demo, build, chain bool) error {
 	fmt.Printf("%s, %d processors, %s\n\n", cpu(), runtime.NumCPU(), time.Now().UTC().Format(time.DateOnly))
 	fmt.Println("| what | measured | limit | |")
 	fmt.Println("|---|---|---|---|")
-	if onlyTON {
-		return ton(context.Background())
-	}
 	for _, a := range []struct {
 		what, path string
 		limit      float64
@@ -92,6 +90,22 @@ func run(demo, onlyTON bool) error {
 		}
 	}
 
+	for _, part := range []struct {
+		wanted  bool
+		measure func() error
+	}{{vms, inVMs}, {demo, cleanDemo}, {build, builds}, {chain, ton}} {
+		if !part.wanted {
+			continue
+		}
+		if err := part.measure(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// inVMs measures in VMs that it boots.
+func inVMs() error {
 	state, err := os.MkdirTemp("", "chrysalis-bench-")
 	if err != nil {
 		return err
@@ -102,16 +116,7 @@ func run(demo, onlyTON bool) error {
 	if err := h.boot(); err != nil {
 		return err
 	}
-	if err := h.overhead(); err != nil {
-		return err
-	}
-	if err := ton(context.Background()); err != nil {
-		return err
-	}
-	if demo {
-		return cleanDemo()
-	}
-	return nil
+	return h.overhead()
 }
 
 // host runs the CLI with a state of its own.

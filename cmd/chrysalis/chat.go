@@ -2,14 +2,17 @@ package main
 
 import (
 	"context"
+	"crypto/rand"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"net/http"
 	"net/url"
 	"os"
+	"path/filepath"
 	"strings"
 
+	"chrysalis/attest/receipt"
 	"chrysalis/launcher"
 	"chrysalis/openai"
 	"chrysalis/terminal"
@@ -24,6 +27,8 @@ type ChatCmd struct {
 	System      string   `placeholder:"TEXT" help:"A system message before the question."`
 	MaxTokens   *int     `placeholder:"N" help:"The longest answer, in tokens."`
 	Temperature *float64 `placeholder:"T" help:"0 always takes the likeliest token."`
+	TokenFile   string   `placeholder:"FILE" help:"A file with the token that the VM asks for."`
+	Save        string   `placeholder:"DIR" help:"Keep evidence, question, answer and receipt in this folder, for 'verify receipt'. All but the evidence is confidential."`
 	Checks      bool     `help:"Show every check before the answer."`
 	JSON        bool     `name:"json" help:"Print one JSON document with the whole answer."`
 }
@@ -57,7 +62,11 @@ func (c *ChatCmd) Run(ctx context.Context) error {
 	if !c.Checks && !verdict.Confidential {
 		fmt.Fprintln(os.Stderr, "note:", conclusion(session))
 	}
-	client := &openai.Client{Endpoint: endpoint, HTTP: &http.Client{
+	token, err := readToken(c.TokenFile)
+	if err != nil {
+		return err
+	}
+	client := &openai.Client{Endpoint: endpoint, Token: token, HTTP: &http.Client{
 		Transport:     transport,
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	}}
@@ -78,6 +87,16 @@ func (c *ChatCmd) Run(ctx context.Context) error {
 	}
 	request.Messages = append(request.Messages, openai.Message{Role: "user", Content: c.Question})
 
+	if c.Save != "" {
+		// First, so that a folder that is not empty is found before the question is sent.
+		if err := session.Save(c.Save, t.policy, t.records); err != nil {
+			return err
+		}
+		var salt [receipt.SaltSize]byte
+		rand.Read(salt[:])
+		client.Transcript = &openai.Transcript{Salt: receipt.FormatSalt(salt)}
+	}
+
 	var answer strings.Builder
 	began := false
 	out := terminal.NewWriter(os.Stdout)
@@ -97,6 +116,11 @@ func (c *ChatCmd) Run(ctx context.Context) error {
 	if err != nil {
 		return cleanError(err)
 	}
+	if c.Save != "" {
+		if err := saveTranscript(c.Save, client.Transcript); err != nil {
+			return err
+		}
+	}
 	if c.JSON {
 		return json.NewEncoder(os.Stdout).Encode(struct {
 			Model  string `json:"model"`
@@ -105,6 +129,20 @@ func (c *ChatCmd) Run(ctx context.Context) error {
 			Verified     bool `json:"verified"`
 			Confidential bool `json:"confidential"`
 		}{model, answer.String(), result, verdict.OK, verdict.Confidential})
+	}
+	return nil
+}
+
+// saveTranscript writes what 'verify receipt' reads, for nobody else to see.
+func saveTranscript(dir string, t *openai.Transcript) error {
+	_, signed, err := receipt.SplitStream(t.Response)
+	if err != nil {
+		return err
+	}
+	for name, data := range map[string][]byte{fileReceipt: signed, fileRequest: t.Request, fileResponse: t.Response, fileSalt: []byte(t.Salt + "\n")} {
+		if err := os.WriteFile(filepath.Join(dir, name), data, 0o600); err != nil {
+			return fmt.Errorf("save the answer: %w", err)
+		}
 	}
 	return nil
 }

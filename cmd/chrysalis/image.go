@@ -125,9 +125,10 @@ func (c *ImageBuildCmd) Run(ctx context.Context) error {
 // ImageToolsCmd makes the tools root that belongs to this program.
 type ImageToolsCmd struct {
 	mirrorFlags
+	List bool `help:"Print what is in it, a line each, rather than where it is."`
 }
 
-// Run makes it, unless it is there, and prints where it is.
+// Run makes it, unless it is there and sound, and prints where or what it is.
 func (c *ImageToolsCmd) Run(ctx context.Context) error {
 	show := newSteps()
 	defer show.done()
@@ -137,6 +138,15 @@ func (c *ImageToolsCmd) Run(ctx context.Context) error {
 	}
 	root, err := image.MakeTools(ctx, lock, c.mirrors(ctx), show.step)
 	if err != nil {
+		return err
+	}
+	if c.List {
+		list, err := root.List(ctx)
+		if err != nil {
+			return err
+		}
+		show.done()
+		_, err = os.Stdout.Write(list)
 		return err
 	}
 	show.done()

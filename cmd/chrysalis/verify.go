@@ -21,7 +21,8 @@ const (
 )
 
 type verifyCommands struct {
-	Endpoint VerifyCmd `cmd:"" default:"withargs" help:"Check what answers at an endpoint (the default)."`
+	Endpoint VerifyCmd        `cmd:"" default:"withargs" help:"Check what answers at an endpoint (the default)."`
+	Receipt  VerifyReceiptCmd `cmd:"" help:"Check the receipt of an answer against saved evidence."`
 }
 
 // VerifyCmd checks the evidence of an endpoint, or saved evidence.

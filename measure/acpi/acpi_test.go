@@ -77,7 +77,9 @@ func TestWindow(t *testing.T) {
 // what it wrote.
 func TestReadFails(t *testing.T) {
 	argv := []string{"qemu", "-cpu", "max,phys-bits=40"}
-	start := func(context.Context, []string, string) (func() string, error) { return nil, errors.New("no such program") }
+	start := func(context.Context, []string, string) (func() string, error) {
+		return nil, errors.New("no such program")
+	}
 	if _, err := Read(t.Context(), start, argv, 40); err == nil || !strings.Contains(err.Error(), "no such program") {
 		t.Error(err)
 	}

@@ -6,6 +6,7 @@ package record
 
 import (
 	"crypto/sha256"
+	"crypto/sha512"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -345,6 +346,19 @@ type File struct {
 	Shapes  []Shape  `json:"shapes"`
 	Engines []Engine `json:"engines"`
 	Models  []Model  `json:"models"`
+	// Events are what the registers are made of. Nobody who verifies a VM needs
+	// them; they are for saying which part of a VM differs.
+	Events []Event `json:"events,omitempty"`
+}
+
+// Event is one measurement, in the order in which its register is extended.
+type Event struct {
+	Register string `json:"register"`          // "rtmr0" to "rtmr2", "pcr0" to "pcr23"
+	Shape    string `json:"shape,omitempty"`   // the shape that it belongs to; absent where it is the image's
+	Name     string `json:"name"`              // as docs/measure.md lists them
+	Text     string `json:"text,omitempty"`    // in plain words
+	Digest   Hex    `json:"digest,omitempty"`  // SHA-384 on TDX, SHA-256 on a TPM; absent where it is not predicted
+	Missing  string `json:"missing,omitempty"` // then: why not
 }
 
 // Validate implements canonical.Document.
@@ -381,7 +395,78 @@ func (f *File) Validate() error {
 			return fmt.Errorf("models[%d]: %w", i, err)
 		}
 	}
-	return nil
+	return f.validateEvents()
+}
+
+const maxEvents = 8192
+
+var (
+	registerRE  = regexp.MustCompile(`^(rtmr[0-2]|pcr(1?[0-9]|2[0-3]))$`)
+	eventNameRE = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._/-]{0,63}$`)
+)
+
+// validateEvents checks that the events, where all of a register's are known,
+// make the value that the record has.
+func (f *File) validateEvents() error {
+	if len(f.Events) > maxEvents {
+		return fmt.Errorf("%d events, at most %d are allowed", len(f.Events), maxEvents)
+	}
+	hash := sha256.New
+	if f.Image.Platform == TDX {
+		hash = sha512.New384
+	}
+	bytes := hash().Size()
+	shapes := map[string]bool{"": true}
+	for _, s := range f.Shapes {
+		shapes[s.Name] = true
+	}
+	type key struct{ register, shape string }
+	values := map[key][]byte{}
+	for i, e := range f.Events {
+		switch {
+		case !registerRE.MatchString(e.Register):
+			return fmt.Errorf("events[%d]: %.20q is not a register", i, e.Register)
+		case (e.Register[0] == 'r') != (f.Image.Platform == TDX):
+			return fmt.Errorf("events[%d]: platform %s has no %s", i, f.Image.Platform, e.Register)
+		case !eventNameRE.MatchString(e.Name):
+			return fmt.Errorf("events[%d]: %.80q is not an event's name", i, e.Name)
+		case !shapes[e.Shape]:
+			return fmt.Errorf("events[%d]: there is no shape %.80q", i, e.Shape)
+		case len(e.Text) > 512 || len(e.Missing) > 512:
+			return fmt.Errorf("events[%d]: more than 512 characters of text", i)
+		case (len(e.Digest) == 0) == (e.Missing == ""):
+			return fmt.Errorf("events[%d]: expected either a digest or why there is none", i)
+		case len(e.Digest) != 0 && len(e.Digest) != bytes:
+			return fmt.Errorf("events[%d]: a digest of %d bytes, expected %d", i, len(e.Digest), bytes)
+		}
+		k := key{e.Register, e.Shape}
+		value, seen := values[k]
+		if !seen {
+			value = make([]byte, bytes)
+		}
+		if value != nil && len(e.Digest) != 0 {
+			h := hash()
+			h.Write(value)
+			h.Write(e.Digest)
+			values[k] = h.Sum(nil)
+		} else {
+			values[k] = nil
+		}
+	}
+	check := func(register, shape string, want []byte) error {
+		if got := values[key{register, shape}]; got != nil && !slices.Equal(got, want) {
+			return fmt.Errorf("events: those of %s make another value than the record has", register)
+		}
+		return nil
+	}
+	err := errors.Join(check("rtmr1", "", f.Image.RTMR1), check("rtmr2", "", f.Image.RTMR2))
+	for _, pcr := range f.Image.PCRs {
+		err = errors.Join(err, check(fmt.Sprintf("pcr%d", pcr.Index), "", pcr.SHA256))
+	}
+	for _, s := range f.Shapes {
+		err = errors.Join(err, check("rtmr0", s.Name, s.RTMR0))
+	}
+	return err
 }
 
 // Encode returns the file's canonical encoding.

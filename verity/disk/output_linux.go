@@ -2,6 +2,7 @@ package disk
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -186,4 +187,24 @@ func (o *output) discard() error {
 		}
 	}
 	return err
+}
+
+// FragmentSuffix is what the name of a disk's fragment has behind the disk's own.
+const FragmentSuffix = ".json"
+
+// WriteFragment writes what is to be known of the disk at path to a file beside it,
+// in whose place it comes as a whole.
+func WriteFragment(path string, v any) error {
+	data, err := json.MarshalIndent(v, "", "  ")
+	if err != nil {
+		return err
+	}
+	f, err := createNamed(path+FragmentSuffix, true)
+	if err != nil {
+		return err
+	}
+	if _, err = f.Write(append(data, '\n')); err == nil {
+		err = f.commit()
+	}
+	return errors.Join(err, f.discard())
 }
