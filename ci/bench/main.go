@@ -73,6 +73,22 @@ func run(vms, demo, build, chain bool) error {
 	fmt.Printf("%s, %d processors, %s\n\n", cpu(), runtime.NumCPU(), time.Now().UTC().Format(time.DateOnly))
 	fmt.Println("| what | measured | limit | |")
 	fmt.Println("|---|---|---|---|")
+	for _, part := range []struct {
+		wanted  bool
+		measure func() error
+	}{{vms, artefacts}, {vms, inVMs}, {demo, cleanDemo}, {build, builds}, {chain, ton}} {
+		if !part.wanted {
+			continue
+		}
+		if err := part.measure(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// artefacts tells how large they are.
+func artefacts() error {
 	for _, a := range []struct {
 		what, path string
 		limit      float64
@@ -87,18 +103,6 @@ func run(vms, demo, build, chain bool) error {
 			row(a.what, "MB", mb, a.limit, true)
 		} else {
 			figure(a.what, "MB", mb)
-		}
-	}
-
-	for _, part := range []struct {
-		wanted  bool
-		measure func() error
-	}{{vms, inVMs}, {demo, cleanDemo}, {build, builds}, {chain, ton}} {
-		if !part.wanted {
-			continue
-		}
-		if err := part.measure(); err != nil {
-			return err
 		}
 	}
 	return nil
