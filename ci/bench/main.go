@@ -30,16 +30,54 @@ const runs, warmUp = 11, 5
 const body = `{"model":"chrysalis/demo","stream":true,"temperature":0,"max_tokens":64,` +
 	`"messages":[{"role":"user","content":"Who can read my prompt?"}]}`
 
+// part is one thing to measure.
+type part struct {
+	name    string
+	measure func() error
+}
+
+// parts are what is measured, in this order.
+var parts = []part{
+	{"sizes", sizes},
+	{"vms", inVMs},
+	{"disks", disks},
+	{"ton", ton},
+	{"demo", cleanDemo},
+	{"builds", builds},
+}
+
 func main() {
-	vms := flag.Bool("vms", true, "boot VMs and ask them")
-	demo := flag.Bool("demo", true, "time 'make demo' from a clean clone with an empty cache")
-	build := flag.Bool("builds", true, "time builds")
-	chain := flag.Bool("ton", true, "measure the registry on TON")
+	var names []string
+	for _, part := range parts {
+		names = append(names, part.name)
+	}
+	only := flag.String("only", strings.Join(names, ","), "the parts to measure")
 	flag.Parse()
-	if err := run(*vms, *demo, *build, *chain); err != nil {
+	if err := run(strings.Split(*only, ",")); err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		os.Exit(1)
 	}
+}
+
+// run measures the parts of these names.
+func run(wanted []string) error {
+	for _, name := range wanted {
+		if !slices.ContainsFunc(parts, func(p part) bool { return p.name == name }) {
+			return fmt.Errorf("there is no part %q", name)
+		}
+	}
+	fmt.Printf("%s, %d processors, %s\n\n", cpu(), runtime.NumCPU(), time.Now().UTC().Format(time.DateOnly))
+	fmt.Println("| what | measured | limit | |")
+	fmt.Println("|---|---|---|---|")
+	for _, part := range parts {
+		if !slices.Contains(wanted, part.name) {
+			continue
+		}
+		if err := part.measure(); err != nil {
+			return fmt.Errorf("%s: %w", part.name, err)
+		}
+	}
+	return nil
 }
 
 // row prints a figure beside its limit, and says whether it holds.
@@ -69,26 +107,7 @@ func number(v float64) string {
 	return strconv.FormatFloat(v, 'f', 2, 64)
 }
 
-func run(vms, demo, build, chain bool) error {
-	fmt.Printf("%s, %d processors, %s\n\n", cpu(), runtime.NumCPU(), time.Now().UTC().Format(time.DateOnly))
-	fmt.Println("| what | measured | limit | |")
-	fmt.Println("|---|---|---|---|")
-	for _, part := range []struct {
-		wanted  bool
-		measure func() error
-	}{{vms, artefacts}, {vms, inVMs}, {demo, cleanDemo}, {build, builds}, {chain, ton}} {
-		if !part.wanted {
-			continue
-		}
-		if err := part.measure(); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// artefacts tells how large they are.
-func artefacts() error {
+func sizes() error {
 	for _, a := range []struct {
 		what, path string
 		limit      float64

@@ -236,26 +236,17 @@ func (b *tonBench) cold() error {
 	bytes := float64(reader.Client.Received()) / links
 	// In the processor's time, of which the machine may have little to spare.
 	const times = 5
-	begin := processorTime()
+	begin := processorTime(syscall.RUSAGE_SELF)
 	for range times {
 		if _, err := lite.VerifyChain(b.network.KeyBlock, view.Head.Block, b.network.GlobalID, view.Chain(), time.Hour, time.Now()); err != nil {
 			return err
 		}
 	}
-	each := float64((processorTime() - begin).Microseconds()) / 1000 / times / links
+	each := float64((processorTime(syscall.RUSAGE_SELF) - begin).Microseconds()) / 1000 / times / links
 	figure(fmt.Sprintf("one link between key blocks of %d validators", mainnetValidators), "kB", bytes/1000)
 	figure("verify it, processor time", "ms", each)
 	n := float64(keyBlocksADay * coldDays)
 	figure(fmt.Sprintf("estimate: start from a key block %d days old, %d links", coldDays, keyBlocksADay*coldDays), "MB", bytes*n/1e6)
 	figure("estimate: verify them, processor time", "s", each*n/1000)
 	return nil
-}
-
-// processorTime is what this process has used.
-func processorTime() time.Duration {
-	var u syscall.Rusage
-	if syscall.Getrusage(syscall.RUSAGE_SELF, &u) != nil {
-		return 0
-	}
-	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
 }
