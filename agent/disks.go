@@ -15,6 +15,7 @@ import (
 	"chrysalis/image/profile"
 	"chrysalis/manifest"
 	"chrysalis/measure/cel"
+	"chrysalis/models/card"
 	"chrysalis/verity"
 	"chrysalis/verity/gpt"
 )
@@ -41,6 +42,11 @@ func (a *agent) readManifest(context.Context) error {
 	if found == nil {
 		return fmt.Errorf("none of %d disks carries a manifest", len(disks))
 	}
+	return a.takeManifest(found)
+}
+
+// takeManifest checks a manifest and measures it.
+func (a *agent) takeManifest(found []byte) (err error) {
 	if a.manifest, err = manifest.Parse(found); err != nil {
 		return because(guest.ReasonManifestInvalid, err)
 	}
@@ -82,7 +88,11 @@ func (a *agent) openDisks(ctx context.Context) error {
 		if err != nil {
 			return fmt.Errorf("model disk %s: %w", m.ID(), err)
 		}
-		a.models = append(a.models, path)
+		c, err := readCard(path, m)
+		if err != nil {
+			return a.diskError(fmt.Errorf("model disk %s: %w", m.ID(), err))
+		}
+		a.models = append(a.models, model{path, c})
 	}
 	a.background(guest.ReasonDiskCorrupt, func() error {
 		device, err := verity.Watch(ctx, a.devices)
@@ -95,8 +105,39 @@ func (a *agent) openDisks(ctx context.Context) error {
 	if err != nil {
 		return a.diskError(fmt.Errorf("read the engine's profile: %w", err))
 	}
-	a.profile, err = profile.Parse(data)
-	return err
+	if a.profile, err = profile.Parse(data); err != nil {
+		return err
+	}
+	for _, m := range a.models {
+		if err := a.profile.CheckModel(m.card); err != nil {
+			return because(guest.ReasonEngineProfile, err)
+		}
+	}
+	return nil
+}
+
+// A model is a model disk that is mounted.
+type model struct {
+	path string // of the mount point
+	card *card.Card
+}
+
+// readCard reads what a model disk says about itself. The disk is the one that the
+// manifest names, so the card is its publisher's word; the manifest's is the
+// host's.
+func readCard(path string, m manifest.Model) (*card.Card, error) {
+	data, err := readBounded(filepath.Join(path, card.Path), card.MaxSize)
+	if err != nil {
+		return nil, fmt.Errorf("read its card: %w", err)
+	}
+	c, err := card.Parse(data)
+	if err != nil {
+		return nil, err
+	}
+	if c.Name != m.Name || c.Revision != m.Revision {
+		return nil, fmt.Errorf("it is %s, the manifest calls it %s", c.ID(), m.ID())
+	}
+	return c, nil
 }
 
 // openDisk records an event, then finds a disk by its root hash and mounts it; it

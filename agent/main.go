@@ -88,7 +88,7 @@ func (a *agent) end(err error) {
 	}
 	log.printf("the VM ends: %s: %v", reason, err)
 	a.state.End(reason)
-	a.killEngine()
+	killEngine(enginePath)
 	if a.status == nil {
 		a.lastWords()
 	}

@@ -7,6 +7,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"net"
 	"net/http"
 	"os"
 	"sync"
@@ -63,14 +64,16 @@ type agent struct {
 	encoded   []byte             // manifest: as it was read
 	manifest  *manifest.Manifest // manifest
 	engine    string             // disks: mount point of the engine disk
-	models    []string           // disks: mount points of the model disks
+	models    []model            // disks
 	devices   []*verity.Device   // disks
 	profile   *profile.Profile   // disks
 	gpus      int                // devices: how many there are
-	child     *supervisor        // engine
+	children  []*supervisor      // engine: one for each model
+	engines   sync.Mutex         // engine: held while the state of all of them is told
 	engineLog port.Log           // engine: its output
 	status    *port.Status       // modules: the status port
 	identity  tls.Certificate    // identity
+	receipts  ed25519.PrivateKey // identity
 	prover    *proof.Prover      // identity
 	server    *api.Server        // serve
 }
@@ -187,8 +190,8 @@ func (a *agent) makeIdentity(context.Context) (err error) {
 	if a.identity, err = newIdentity(); err != nil {
 		return err
 	}
-	receiptKey, _, err := ed25519.GenerateKey(rand.Reader)
-	if err != nil {
+	var receiptKey ed25519.PublicKey
+	if receiptKey, a.receipts, err = ed25519.GenerateKey(rand.Reader); err != nil {
 		return fmt.Errorf("make the receipt key: %w", err)
 	}
 	log, err := cel.Encode(a.platform.Register(), a.events)
@@ -224,8 +227,10 @@ func (a *agent) serve(context.Context) error {
 		Limits:      a.manifest.Limits,
 		Tokens:      a.manifest.Tokens,
 		Certificate: a.identity,
-		Engine:      a.child.dial,
-		Ready:       func() bool { return a.alive.Err() == nil && a.child.ready() },
+		ReceiptKey:  a.receipts,
+		Manifest:    manifest.SHA384(a.encoded),
+		Engine:      func(ctx context.Context, model int) (net.Conn, error) { return a.children[model].dial(ctx) },
+		Ready:       func() bool { return a.alive.Err() == nil && a.anyReady() },
 		Evidence:    a.prover.Evidence,
 		FirstClient: a.status.CloseLog,
 		Counters:    &a.counters,

@@ -8,7 +8,6 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
-	"strconv"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -21,12 +20,16 @@ const engineID = 1000
 // child is this same program, started in namespaces of its own; see
 // enterSandbox.
 type sandbox struct {
-	Root    string   // the engine disk's mount point
-	Models  []string // the model disks' mount points
-	Door    string   // the folder in which the engine makes its socket
+	Root    string // the engine disk's mount point
+	Model   string // the model disk's mount point
+	Name    string // of the model, ORG/NAME
+	Door    string // the folder in which the engine makes its socket
 	Argv    []string
 	Env     []string
 	Seccomp []string // beside engineSyscalls
+	// Loopback gives its network namespace, which has no other interface, a working
+	// 127.0.0.1.
+	Loopback bool
 }
 
 // engineNamespaces: own mounts, processes, network without interfaces, IPC,
@@ -93,6 +96,11 @@ func enterSandbox() error {
 	if err := s.buildRoot(); err != nil {
 		return err
 	}
+	if s.Loopback {
+		if err := raiseLoopback(); err != nil {
+			return fmt.Errorf("raise the loopback device: %w", err)
+		}
+	}
 	if err := limitResources(); err != nil {
 		return err
 	}
@@ -103,7 +111,7 @@ func enterSandbox() error {
 		return fmt.Errorf("close inherited files: %w", err)
 	}
 	// The last step: from here on only the allowed calls work.
-	if err := loadFilters(s.Seccomp); err != nil {
+	if err := loadFilters(s.Seccomp, s.Loopback); err != nil {
 		return err
 	}
 	return fmt.Errorf("execute %s: %w", s.Argv[0], unix.Exec(s.Argv[0], s.Argv, s.Env))
@@ -161,9 +169,9 @@ func (s *sandbox) buildRoot() error {
 		errs = append(errs, bind("/dev/"+name, at("dev/"+name), false, 0))
 	}
 	errs = append(errs, bind(s.Door, at("run/engine"), true, safe))
-	for i, model := range s.Models {
-		errs = append(errs, bind(model, at("models/"+strconv.Itoa(i)), true, safe|unix.MS_RDONLY))
-	}
+	errs = append(errs,
+		os.Mkdir(at(filepath.Join("models", filepath.Dir(s.Name))), 0o755),
+		bind(s.Model, at(filepath.Join("models", s.Name)), true, safe|unix.MS_RDONLY))
 	for _, path := range []string{"dev", "run", "models"} {
 		errs = append(errs, unix.Mount("", at(path), "", unix.MS_REMOUNT|unix.MS_BIND|unix.MS_RDONLY|unix.MS_NOSUID|unix.MS_NOEXEC, ""))
 	}
@@ -182,6 +190,24 @@ func (s *sandbox) buildRoot() error {
 		return fmt.Errorf("leave the agent's root: %w", err)
 	}
 	return unix.Chdir("/")
+}
+
+// raiseLoopback turns the network namespace's own loopback device on.
+func raiseLoopback() error {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	request, err := unix.NewIfreq("lo")
+	if err != nil {
+		return err
+	}
+	if err := unix.IoctlIfreq(fd, unix.SIOCGIFFLAGS, request); err != nil {
+		return err
+	}
+	request.SetUint16(request.Uint16() | unix.IFF_UP)
+	return unix.IoctlIfreq(fd, unix.SIOCSIFFLAGS, request)
 }
 
 // limitResources bounds what cgroups do not.

@@ -92,18 +92,24 @@ func checkSyscalls(extra []string) error {
 // that does not hold, compares what it last loaded of the argument with the
 // numbers of the calls that follow: in one filter, socket(56<<32|AF_VSOCK) is
 // taken for call 56, clone, and allowed.
-func enginePolicies(extra []string) []seccomp.Policy {
+func enginePolicies(extra []string, loopback bool) []seccomp.Policy {
 	allowed := slices.Clone(engineSyscalls)
 	for _, name := range extra {
 		if !neverSyscalls[name] && !slices.Contains(allowed, name) {
 			allowed = append(allowed, name)
 		}
 	}
+	families := refuse("socket", seccomp.NotEqual, unix.AF_UNIX)
+	if loopback {
+		// AF_INET is the family behind AF_UNIX. Its network namespace has no interface
+		// but a loopback device of its own.
+		families = refuse("socket", seccomp.GreaterThan, unix.AF_INET)
+	}
 	return []seccomp.Policy{
 		// A network namespace does not contain vsock: AF_VSOCK reaches the host
 		// from any of them. This condition is the only thing that keeps the
 		// engine, once it has read a prompt, from telling the host.
-		refuse("socket", seccomp.NotEqual, unix.AF_UNIX),
+		families,
 		refuse("socketpair", seccomp.NotEqual, unix.AF_UNIX),
 		refuse("clone", seccomp.BitsSet, newNamespaces),
 		{
@@ -138,8 +144,8 @@ func refuse(name string, operation seccomp.Operation, value uint64) seccomp.Poli
 
 // loadFilters puts the engine's filters on this thread, for the rest of its life
 // and of what it executes.
-func loadFilters(extra []string) error {
-	for _, policy := range enginePolicies(extra) {
+func loadFilters(extra []string, loopback bool) error {
+	for _, policy := range enginePolicies(extra, loopback) {
 		if err := seccomp.LoadFilter(seccomp.Filter{NoNewPrivs: true, Policy: policy}); err != nil {
 			return fmt.Errorf("load the system call filters: %w", err)
 		}

@@ -34,7 +34,7 @@ type interpreter []*bpf.VM
 func newInterpreter(t *testing.T, extra ...string) interpreter {
 	t.Helper()
 	var vms interpreter
-	for i, policy := range enginePolicies(extra) {
+	for i, policy := range enginePolicies(extra, false) {
 		program, err := policy.Assemble()
 		if err != nil {
 			t.Fatalf("filter %d: %v", i, err)
@@ -147,7 +147,7 @@ func TestProfileCannotAddForbiddenCalls(t *testing.T) {
 		t.Errorf("a profile cannot add mbind: %#x", got)
 	}
 	// A name that is no call's is an error and not left out.
-	bad := enginePolicies([]string{"no_such_call"})
+	bad := enginePolicies([]string{"no_such_call"}, false)
 	if _, err := bad[len(bad)-1].Assemble(); err == nil || !strings.Contains(err.Error(), "no_such_call") {
 		t.Errorf("an unknown call: %v", err)
 	}
@@ -221,7 +221,7 @@ func attempts() []attempt {
 // name, as the agent's child becomes the engine.
 func filteredChild() error {
 	runtime.LockOSThread()
-	if err := loadFilters(nil); err != nil {
+	if err := loadFilters(nil, false); err != nil {
 		return err
 	}
 	return unix.Exec(os.Args[1], os.Args[1:], []string{childVariable + "=" + os.Args[2]})

@@ -13,7 +13,6 @@ import (
 	"syscall"
 	"time"
 
-	"chrysalis/agent/port"
 	"chrysalis/guest"
 )
 
@@ -40,7 +39,7 @@ type supervisor struct {
 	health  string                                                   // path that answers 200 once requests are taken
 	patient time.Duration                                            // until it does so for the first time
 	output  io.Writer
-	state   *port.State
+	changed func() // it began to answer, or no longer does
 
 	up       atomic.Bool
 	restarts *atomic.Int64
@@ -73,10 +72,10 @@ func (s *supervisor) run(ctx context.Context, started chan<- error) error {
 				once = true
 				started <- nil
 			}
-			s.state.SetEngine(true)
+			s.changed()
 		})
 		s.up.Store(false)
-		s.state.SetEngine(false)
+		s.changed()
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}

@@ -146,8 +146,9 @@ func supervise(t *testing.T, limit time.Duration, lives func(start int) life, ch
 		s := &supervisor{
 			restarts: new(atomic.Int64),
 			start:    e.start, kill: e.kill, socket: e.socket, health: "/health",
-			patient: time.Minute, output: io.Discard, state: state,
+			patient: time.Minute, output: io.Discard,
 		}
+		s.changed = func() { state.SetEngine(s.ready()) }
 		started, ended := make(chan error, 1), make(chan error, 1)
 		ctx, cancel := context.WithCancel(t.Context())
 		defer cancel()
@@ -276,7 +277,8 @@ func TestEngineThatHangs(t *testing.T) {
 	e := newFakeEngine(t, func(int) life { return life{answers: 200, lifetime: forever} })
 	synctest.Test(t, func(t *testing.T) {
 		state := port.NewState("test", time.Now(), 0, nil)
-		s := &supervisor{restarts: new(atomic.Int64), start: e.start, kill: e.kill, socket: e.socket, health: "/", patient: time.Minute, output: io.Discard, state: state}
+		s := &supervisor{restarts: new(atomic.Int64), start: e.start, kill: e.kill, socket: e.socket, health: "/", patient: time.Minute, output: io.Discard}
+		s.changed = func() { state.SetEngine(s.ready()) }
 		started := make(chan error, 1)
 		ended := make(chan error, 1)
 		ctx, cancel := context.WithCancel(t.Context())

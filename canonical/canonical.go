@@ -94,7 +94,7 @@ func Decode(data []byte, limit int, v Document) error {
 	if len(data) > limit {
 		return fmt.Errorf("%d bytes, at most %d are allowed", len(data), limit)
 	}
-	if err := checkKeys(data); err != nil {
+	if err := CheckKeys(data, nil); err != nil {
 		return err
 	}
 	dec := json.NewDecoder(bytes.NewReader(data))
@@ -125,9 +125,11 @@ func compare(data, canonical []byte) error {
 	return fmt.Errorf("not canonical JSON (RFC 8785): at byte %d it has %#q, expected %#q", at, around(data), around(canonical))
 }
 
-// checkKeys refuses an object that has one key twice: encoding/json would let
-// the last one win, where another reader lets the first one.
-func checkKeys(data []byte) error {
+// CheckKeys refuses JSON with an object that has one key twice: encoding/json
+// would let the last one win, where another reader lets the first one. It calls
+// each, if there is one, with every key. What follows the first value is checked
+// like it, and left to the caller to refuse.
+func CheckKeys(data []byte, each func(key string) error) error {
 	dec := json.NewDecoder(bytes.NewReader(data))
 	dec.UseNumber()
 	type level struct {
@@ -151,6 +153,11 @@ func checkKeys(data []byte) error {
 			if key, ok := token.(string); ok {
 				if slices.Contains(stack[top].seen, key) {
 					return fmt.Errorf("field %q is there twice", key)
+				}
+				if each != nil {
+					if err := each(key); err != nil {
+						return err
+					}
 				}
 				stack[top].seen = append(stack[top].seen, key)
 				stack[top].key = false

@@ -324,9 +324,8 @@ func (q *qmpClient) execute(ctx context.Context, command string, arguments any) 
 	if err != nil {
 		return nil, err
 	}
-	if deadline, ok := ctx.Deadline(); ok {
-		q.conn.SetWriteDeadline(deadline)
-	}
+	deadline, _ := ctx.Deadline() // none lifts the one of an earlier command
+	q.conn.SetWriteDeadline(deadline)
 	if _, err := q.conn.Write(append(request, '\n')); err != nil {
 		return nil, fmt.Errorf("QMP %s: %w", command, err)
 	}

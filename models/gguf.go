@@ -2,10 +2,12 @@ package models
 
 import (
 	"bufio"
+	"cmp"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 )
 
 // ErrNotGGUF is what every refusal of a GGUF header wraps.
@@ -22,24 +24,43 @@ const (
 	maxDimensions = 4       // GGML_MAX_DIMS
 )
 
-// CheckGGUF reads the header of the GGUF file of size bytes in r: magic,
-// version 2 or 3 (little-endian), every key and every tensor's place. It
-// refuses duplicate keys and tensors, one part of a split model, and a file
-// that is too short for a tensor. It does not load weights, and it does not
-// say that a model works. Memory stays within the number of keys and tensors.
+// CheckGGUF reads the header of the GGUF file of size bytes that r begins with, and
+// nothing behind it: magic, version 2 or 3 (little-endian), every key and every
+// tensor's place. It refuses duplicate keys and tensors, tensors that overlap, and
+// a file that is too short for one. It does not load weights, and it does not say
+// that a model works. Memory stays within the number of keys and tensors.
 //
 // Format: ggml's docs/gguf.md. Errors wrap ErrNotGGUF, or are r's.
-func CheckGGUF(r io.ReaderAt, size int64) error {
+func CheckGGUF(r io.Reader, size int64) error {
+	_, err := readGGUF(r, size)
+	return err
+}
+
+// ggufHeader is what a GGUF header says.
+type ggufHeader struct {
+	architecture  string
+	licence       string
+	contextLength int64
+	fileType      int64 // llama.cpp's llama_ftype, or -1
+	parameters    int64
+	types         map[uint32]int64 // elements of each tensor type
+	tensors       map[string]bool
+	// Of a part of a split model; parts is 0 if it is none.
+	part, parts, allTensors int64
+}
+
+func readGGUF(r io.Reader, size int64) (*ggufHeader, error) {
 	limit := min(size, maxHeader)
-	h := &header{r: bufio.NewReaderSize(io.NewSectionReader(r, 0, limit), 64<<10), limit: limit}
-	err := h.check(size)
+	h := &header{r: bufio.NewReaderSize(io.LimitReader(r, limit), 64<<10), limit: limit}
+	out := &ggufHeader{fileType: -1, types: map[uint32]int64{}, tensors: map[string]bool{}}
+	err := h.check(size, out)
 	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
 		if size > maxHeader {
-			return fmt.Errorf("%w: its header is longer than %d bytes", ErrNotGGUF, maxHeader)
+			return nil, fmt.Errorf("%w: its header is longer than %d bytes", ErrNotGGUF, maxHeader)
 		}
-		return fmt.Errorf("%w: it ends after %d bytes, inside its header; is the download complete?", ErrNotGGUF, size)
+		return nil, fmt.Errorf("%w: it ends after %d bytes, inside its header; is the download complete?", ErrNotGGUF, size)
 	}
-	return err
+	return out, err
 }
 
 // header reads a header from its start and counts bytes.
@@ -53,7 +74,7 @@ func refuse(format string, args ...any) error {
 	return fmt.Errorf("%w: "+format, append([]any{ErrNotGGUF}, args...)...)
 }
 
-func (h *header) check(size int64) error {
+func (h *header) check(size int64, out *ggufHeader) error {
 	magic, err := h.bytes(4)
 	if err != nil {
 		return err
@@ -76,12 +97,13 @@ func (h *header) check(size int64) error {
 	if err != nil {
 		return err
 	}
-	if tensors == 0 || tensors > maxTensors || keys == 0 || keys > maxKeys {
+	// The first part of a split model may have no tensors.
+	if tensors > maxTensors || keys == 0 || keys > maxKeys {
 		return refuse("%d tensors and %d keys", tensors, keys)
 	}
 
 	alignment := uint64(32)
-	architecture := false
+	var contextKey string // follows from the architecture, which comes first
 	seen := make(map[string]bool)
 	for range keys {
 		key, err := h.string(maxKeyLength)
@@ -113,40 +135,71 @@ func (h *header) check(size int64) error {
 			if err != nil {
 				return err
 			}
-			architecture = s != ""
-		case key == "split.count" && typ == typeUint16:
+			out.architecture, contextKey = s, s+".context_length"
+		case key == "general.license" && typ == typeString:
+			s, err := h.string(4096)
+			if err != nil {
+				return err
+			}
+			out.licence = s
+		case key == "general.file_type" && typ == typeUint32, key == contextKey && typ == typeUint32:
+			v, err := h.uint32()
+			if err != nil {
+				return err
+			}
+			if key == contextKey {
+				out.contextLength = int64(v)
+			} else {
+				out.fileType = int64(v)
+			}
+		case (key == "split.no" || key == "split.count") && typ == typeUint16:
 			b, err := h.bytes(2)
 			if err != nil {
 				return err
 			}
-			if n := binary.LittleEndian.Uint16(b); n > 1 {
-				return refuse("it is one of %d parts; join them first, with llama-gguf-split --merge", n)
+			v := int64(binary.LittleEndian.Uint16(b))
+			if key == "split.no" {
+				out.part = v
+			} else {
+				out.parts = v
 			}
+		case key == "split.tensors.count" && typ == typeInt32:
+			v, err := h.uint32()
+			if err != nil {
+				return err
+			}
+			out.allTensors = int64(v)
 		default:
 			if err := h.skipValue(key, typ); err != nil {
 				return err
 			}
 		}
 	}
-	if !architecture {
+	if out.parts == 1 { // whole all the same
+		out.parts = 0
+	}
+	// Only the first part of a split model need have the model's keys.
+	if out.architecture == "" && (out.parts == 0 || out.part == 0) {
 		return refuse("key general.architecture is missing")
 	}
 
+	if tensors == 0 && out.parts == 0 {
+		return refuse("it has no tensors")
+	}
 	type tensor struct {
 		name           string
 		offset, length uint64 // from the start of the data section; length 0: unknown type
 	}
 	list := make([]tensor, 0, min(tensors, 4096))
-	clear(seen)
 	for range tensors {
 		name, err := h.string(maxTensorName)
 		if err != nil {
 			return err
 		}
-		if seen[name] {
+		if out.tensors[name] {
 			return refuse("tensor %q is there twice", name)
 		}
-		seen[name] = true
+		out.tensors[name] = true
 		n, err := h.uint32()
 		if err != nil {
 			return err
@@ -179,6 +232,11 @@ func (h *header) check(size int64) error {
 		if offset%alignment != 0 || offset > uint64(size) {
 			return refuse("tensor %q begins at byte %d of the data, which has at most %d; is the download complete?", name, offset, size)
 		}
+		if out.parameters > 1<<60 {
+			return refuse("more than 2^60 elements")
+		}
+		out.parameters += int64(elements)
+		out.types[typ] += int64(elements)
 		t := tensor{name: name, offset: offset}
 		if e, ok := ggmlTypes[typ]; ok {
 			if row%e.block != 0 {
@@ -191,7 +249,11 @@ func (h *header) check(size int64) error {
 
 	// The data section begins at the next multiple of the alignment.
 	data := (uint64(h.at) + alignment - 1) / alignment * alignment
-	for _, t := range list {
+	slices.SortFunc(list, func(a, b tensor) int { return cmp.Compare(a.offset, b.offset) })
+	for i, t := range list {
+		if i > 0 && t.offset < list[i-1].offset+list[i-1].length {
+			return refuse("tensors %q and %q overlap", list[i-1].name, t.name)
+		}
 		if end := data + t.offset + t.length; end > uint64(size) {
 			return refuse("tensor %q ends at byte %d, but the file has %d; is the download complete?", t.name, end, size)
 		}
@@ -203,6 +265,7 @@ func (h *header) check(size int64) error {
 const (
 	typeUint16 = 2
 	typeUint32 = 4
+	typeInt32  = 5
 	typeString = 8
 	typeArray  = 9
 )
@@ -355,4 +418,12 @@ var ggmlTypes = map[uint32]struct{ block, bytes uint64 }{
 	34: {256, 54},  // TQ1_0
 	35: {256, 66},  // TQ2_0
 	39: {32, 17},   // MXFP4
+}
+
+// fileTypes names llama.cpp's llama_ftype: what most of the tensors are.
+var fileTypes = map[int64]string{
+	0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 7: "Q8_0", 8: "Q5_0", 9: "Q5_1", 10: "Q2_K",
+	11: "Q3_K_S", 12: "Q3_K_M", 13: "Q3_K_L", 14: "Q4_K_S", 15: "Q4_K_M", 16: "Q5_K_S", 17: "Q5_K_M", 18: "Q6_K",
+	19: "IQ2_XXS", 20: "IQ2_XS", 21: "Q2_K_S", 22: "IQ3_XS", 23: "IQ3_XXS", 24: "IQ1_S", 25: "IQ4_NL", 26: "IQ3_S",
+	27: "IQ3_M", 28: "IQ2_S", 29: "IQ2_M", 30: "IQ4_XS", 31: "IQ1_M", 32: "BF16", 36: "TQ1_0", 37: "TQ2_0", 38: "MXFP4",
 }

@@ -3,6 +3,7 @@ package verity
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"math"
@@ -64,15 +65,79 @@ func WriteDisk(ctx context.Context, w io.WriterAt, data io.Reader, size int64, o
 	})
 }
 
-// SealDisk is WriteDisk for size bytes of data that lie on the disk already,
-// at DataOffset: it adds the hash partition and the partition table.
-func SealDisk(ctx context.Context, disk interface {
+// A DiskLayout says where the parts of a disk are, in bytes from its start.
+type DiskLayout struct {
+	Partitions
+	LeavesOffset int64 // of the leaf hash blocks
+	HashBlocks   uint64
+	Size         int64 // of the disk
+}
+
+// Layout returns the layout of a disk that this package writes over so many data
+// blocks, 1 to MaxDataBlocks.
+func Layout(dataBlocks uint64) DiskLayout {
+	size := int64(dataBlocks) * BlockSize
+	l := DiskLayout{
+		Partitions: Partitions{
+			DataOffset: DataOffset,
+			HashOffset: (DataOffset + size + partitionGrain - 1) / partitionGrain * partitionGrain,
+		},
+		HashBlocks: HashBlocks(dataBlocks),
+	}
+	if starts := levelStarts(levelSizes(dataBlocks)); len(starts) > 0 {
+		l.LeavesOffset = l.HashOffset + int64(starts[0])*BlockSize
+	}
+	l.Size = gpt.DiskSize(l.HashOffset + int64(l.HashBlocks)*BlockSize)
+	return l
+}
+
+// FinishDisk makes a disk whose data, size bytes and more than a block of it, lies
+// at DataOffset, and whose leaf hash blocks were made with a GroupHasher. Either
+// they are at Layout's LeavesOffset already and leaves is nil, or they are read
+// from leaves and written there. It adds the rest of the hash tree and, last, the
+// partition table.
+func FinishDisk(disk interface {
 	io.ReaderAt
 	io.WriterAt
-}, size int64, o TreeOptions) (Description, error) {
-	return writeDisk(ctx, disk, size, o, func(group uint64, buf []byte) error {
-		return readFull(disk, buf, DataOffset+int64(group)*groupSize)
-	})
+}, size int64, leaves io.ReaderAt, o TreeOptions) (Description, error) {
+	blocks, err := checkBlocks(size)
+	if err == nil && blocks == 1 {
+		err = errors.New("one block has no leaves")
+	}
+	if err == nil && len(o.Salt) > MaxSalt {
+		err = fmt.Errorf("salt of %d bytes; at most %d are allowed", len(o.Salt), MaxSalt)
+	}
+	if err != nil {
+		return Description{}, fmt.Errorf("finish verity disk: %w", err)
+	}
+	l := Layout(blocks)
+	copied := leaves != nil
+	if !copied {
+		leaves = io.NewSectionReader(disk, l.LeavesOffset, l.Size-l.LeavesOffset)
+	}
+	n := levelSizes(blocks)[0]
+	above := make([]byte, 0, n*digestSize)
+	h, buf := newHasher(o.Salt), make([]byte, perHashBlock*BlockSize)
+	for at := uint64(0); at < n; at += perHashBlock {
+		part := buf[:min(perHashBlock, n-at)*BlockSize]
+		if err := readFull(leaves, part, int64(at)*BlockSize); err != nil {
+			return Description{}, fmt.Errorf("finish verity disk: read the leaves: %w", err)
+		}
+		if copied {
+			if _, err := disk.WriteAt(part, l.LeavesOffset+int64(at)*BlockSize); err != nil {
+				return Description{}, fmt.Errorf("finish verity disk: write the leaves: %w", err)
+			}
+		}
+		for ; len(part) > 0; part = part[BlockSize:] {
+			above = above[:len(above)+digestSize]
+			h.sum(above[len(above)-digestSize:], part[:BlockSize])
+		}
+	}
+	root, err := finishTree(io.NewOffsetWriter(disk, l.HashOffset), blocks, above, o)
+	if err != nil {
+		return Description{}, fmt.Errorf("finish verity disk: %w", err)
+	}
+	return finishDisk(disk, blocks, root, o)
 }
 
 func writeDisk(ctx context.Context, w io.WriterAt, size int64, o TreeOptions, fetch func(uint64, []byte) error) (Description, error) {
@@ -80,28 +145,30 @@ func writeDisk(ctx context.Context, w io.WriterAt, size int64, o TreeOptions, fe
 	if err != nil {
 		return Description{}, fmt.Errorf("write verity disk: %w", err)
 	}
-	d := Description{
-		Partitions: Partitions{
-			DataOffset: DataOffset,
-			HashOffset: (DataOffset + size + partitionGrain - 1) / partitionGrain * partitionGrain,
-		},
-		Salt:       bytes.Clone(o.Salt),
-		DataBlocks: blocks,
-		HashBlocks: HashBlocks(blocks),
-	}
-	hashSize := int64(d.HashBlocks) * BlockSize
-	d.Size = gpt.DiskSize(d.HashOffset + hashSize)
-
-	d.RootHash, err = writeTree(ctx, io.NewOffsetWriter(w, d.HashOffset), size, o, fetch)
+	root, err := writeTree(ctx, io.NewOffsetWriter(w, Layout(blocks).HashOffset), size, o, fetch)
 	if err != nil {
 		return Description{}, fmt.Errorf("write verity disk: %w", err)
 	}
+	return finishDisk(w, blocks, root, o)
+}
+
+// finishDisk writes the partition table.
+func finishDisk(w io.WriterAt, blocks uint64, root RootHash, o TreeOptions) (Description, error) {
+	l := Layout(blocks)
+	d := Description{
+		Partitions: l.Partitions,
+		RootHash:   root,
+		Salt:       bytes.Clone(o.Salt),
+		DataBlocks: blocks,
+		HashBlocks: l.HashBlocks,
+		Size:       l.Size,
+	}
 	dataUUID, hashUUID := d.RootHash.PartitionUUIDs()
-	err = gpt.Write(w, gpt.Table{
+	err := gpt.Write(w, gpt.Table{
 		Disk: gpt.GUID(o.UUID),
 		Partitions: []gpt.Partition{
-			{Type: TypeData, UUID: dataUUID, Offset: d.DataOffset, Size: size, Name: "root-x86-64", Attributes: gpt.ReadOnly},
-			{Type: TypeHash, UUID: hashUUID, Offset: d.HashOffset, Size: hashSize, Name: "root-x86-64-verity", Attributes: gpt.ReadOnly},
+			{Type: TypeData, UUID: dataUUID, Offset: d.DataOffset, Size: int64(blocks) * BlockSize, Name: "root-x86-64", Attributes: gpt.ReadOnly},
+			{Type: TypeHash, UUID: hashUUID, Offset: d.HashOffset, Size: int64(d.HashBlocks) * BlockSize, Name: "root-x86-64-verity", Attributes: gpt.ReadOnly},
 		},
 	}, d.Size)
 	if err != nil {

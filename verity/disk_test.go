@@ -39,10 +39,17 @@ func TestWriteDisk(t *testing.T) {
 				t.Error("data is not in its place")
 			}
 
-			sealed := &memory{}
-			sealed.WriteAt(data, DataOffset)
-			if _, err := SealDisk(ctx, sealed, int64(len(data)), o); err != nil || !bytes.Equal(sealed.b, m.b) {
-				t.Errorf("SealDisk makes another disk than WriteDisk (%v)", err)
+			if tt.blocks > 1 {
+				finished, leaves := &memory{}, &memory{}
+				finished.WriteAt(data, DataOffset)
+				h, leaf := NewGroupHasher(tt.salt), make([]byte, BlockSize)
+				for at := 0; at < len(data); at += GroupSize {
+					h.Leaf(leaf, data[at:min(at+GroupSize, len(data))])
+					leaves.WriteAt(leaf, int64(at/GroupSize)*BlockSize)
+				}
+				if _, err := FinishDisk(finished, int64(len(data)), leaves, o); err != nil || !bytes.Equal(finished.b, m.b) {
+					t.Errorf("FinishDisk makes another disk than WriteDisk (%v)", err)
+				}
 			}
 
 			for what, open := range map[string]func() (Description, error){

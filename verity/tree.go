@@ -33,8 +33,20 @@ func WriteTree(ctx context.Context, w io.WriterAt, data io.ReaderAt, size int64,
 	})
 }
 
-// groupSize is the unit of work in bytes: the data below one leaf hash block.
-const groupSize = perHashBlock * BlockSize
+// GroupSize is the unit of work in bytes: the data below one leaf hash block.
+const GroupSize = perHashBlock * BlockSize
+
+const groupSize = GroupSize
+
+// A GroupHasher makes leaf hash blocks, one after the other.
+type GroupHasher struct{ h *hasher }
+
+// NewGroupHasher returns a GroupHasher for trees with this salt.
+func NewGroupHasher(salt []byte) *GroupHasher { return &GroupHasher{newHasher(salt)} }
+
+// Leaf makes the leaf hash block, of BlockSize bytes, over a group's data: whole
+// blocks, up to GroupSize bytes.
+func (g *GroupHasher) Leaf(leaf, data []byte) { g.h.sumBlocks(leaf, data) }
 
 // writeTree is WriteTree with the data given by fetch, which fills buf with
 // the data of a group. fetch is called from many goroutines.
@@ -81,7 +93,19 @@ func writeTree(ctx context.Context, w io.WriterAt, size int64, o TreeOptions, fe
 		return RootHash{}, fmt.Errorf("build hash tree: %w", err)
 	}
 
-	// The upper levels are 1/128 of the leaves' size: one goroutine will do.
+	root, err := finishTree(w, blocks, above, o)
+	if err != nil {
+		return RootHash{}, err
+	}
+	return root, nil
+}
+
+// finishTree writes what is above the leaves, given the leaves' digests, and the
+// superblock. The upper levels are 1/128 of the leaves' size: one goroutine will
+// do.
+func finishTree(w io.WriterAt, blocks uint64, above []byte, o TreeOptions) (RootHash, error) {
+	sizes := levelSizes(blocks)
+	starts := levelStarts(sizes)
 	h := newHasher(o.Salt)
 	for i := 1; i < len(sizes); i++ {
 		level := make([]byte, sizes[i]*BlockSize)

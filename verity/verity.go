@@ -6,7 +6,7 @@
 //
 // The two sides trust a disk differently, and the API keeps them apart:
 //
-//   - The host makes disks (WriteDisk, SealDisk) and looks at them (OpenDisk,
+//   - The host makes disks (WriteDisk, FinishDisk) and looks at them (OpenDisk,
 //     VerifyDisk). It may parse what the disk says about itself.
 //   - The VM trusts nothing on a disk. Root hash, salt and number of blocks
 //     come from the measured manifest; FindPartitions reads the two byte

@@ -21,8 +21,10 @@ package api
 
 import (
 	"context"
+	"crypto/ed25519"
 	"crypto/sha256"
 	"crypto/tls"
+	"encoding/hex"
 	"encoding/json"
 	"io"
 	"log"
@@ -60,8 +62,12 @@ type Config struct {
 	Tokens []string
 	// Certificate holds the TLS key made at boot.
 	Certificate tls.Certificate
-	// Engine dials the engine's socket.
-	Engine func(context.Context) (net.Conn, error)
+	// ReceiptKey signs receipts (package attest/receipt).
+	ReceiptKey ed25519.PrivateKey
+	// Manifest is the SHA-384 of the VM's manifest.
+	Manifest [48]byte
+	// Engine dials the socket of the engine that serves a model, an index of Models.
+	Engine func(ctx context.Context, model int) (net.Conn, error)
 	// Evidence returns an attest/evidence document that lists the nonce. It may take
 	// as long as a quote does.
 	Evidence func(ctx context.Context, nonce [evidence.NonceSize]byte) ([]byte, error)
@@ -90,15 +96,22 @@ type Server struct {
 	total     time.Duration
 	bodyIdle  time.Duration
 	bodyTotal time.Duration
-	places    chan struct{}     // one for each request in the engine
-	names     map[string]string // what a client may call a model, and what the engine is told
-	models    []byte            // the answer to /v1/models
+	places    chan struct{}             // one for each request in the engine
+	names     map[string]string         // what a client may call a model, and what the engine is told
+	engines   map[string]int            // a model's index, by what its engine is told
+	models    []byte                    // the answer to /v1/models
+	served    map[string]manifest.Model // by what the engine is told
 	tokens    [][sha256.Size]byte
-	memory    atomic.Int64 // bytes left for bodies and held answers
-	waiting   waiting
-	draining  atomic.Bool
-	http      *http.Server
-	tls       *tls.Config
+
+	receiptKey ed25519.PrivateKey
+	manifest   string       // SHA-384, hexadecimal
+	sequence   atomic.Int64 // of the last receipt
+	tick       time.Duration
+	memory     atomic.Int64 // bytes left for bodies and held answers
+	waiting    waiting
+	draining   atomic.Bool
+	http       *http.Server
+	tls        *tls.Config
 }
 
 // New returns a server. The configuration comes from a manifest that has been
@@ -115,8 +128,15 @@ func New(c Config) *Server {
 		waiting:  waiting{since: map[net.Conn]wait{}},
 		places:   make(chan struct{}, c.Limits.Concurrency),
 		names:    map[string]string{},
+		engines:  map[string]int{},
+		served:   map[string]manifest.Model{},
 		models:   modelList(c.Models),
 		tokens:   tokenHashes(c.Tokens),
+
+		receiptKey: c.ReceiptKey,
+		manifest:   hex.EncodeToString(c.Manifest[:]),
+		tick:       tick,
+
 		tls: &tls.Config{
 			Certificates: []tls.Certificate{c.Certificate},
 			MinVersion:   tls.VersionTLS13,
@@ -129,9 +149,12 @@ func New(c Config) *Server {
 	if s.counters == nil {
 		s.counters = new(Counters)
 	}
-	for _, m := range c.Models {
-		s.names[m.Name] = m.Name
-		s.names[m.ID()] = m.Name
+	for i, m := range c.Models {
+		// A client that wants one model and no other says its root hash, too.
+		for _, name := range []string{m.Name, m.ID(), m.ID() + ":" + m.Disk.RootHash} {
+			s.names[name] = m.Name
+		}
+		s.engines[m.Name], s.served[m.Name] = i, m
 	}
 	memory := c.BodyMemory
 	if memory == 0 {
@@ -203,7 +226,7 @@ func modelList(models []manifest.Model) []byte {
 	}{Object: "list", Data: []entry{}}
 	for _, m := range models {
 		org, _, _ := strings.Cut(m.Name, "/")
-		list.Data = append(list.Data, entry{m.Name, "model", 0, org, m.Revision, m.Disk.RootHash})
+		list.Data = append(list.Data, entry{m.ID(), "model", 0, org, m.Revision, m.Disk.RootHash})
 	}
 	body, err := json.Marshal(list)
 	if err != nil {
@@ -223,6 +246,8 @@ type exchange struct {
 	bodyRead  bool
 	started   bool // the answer's header is out
 	streaming bool // and it is a stream of events
+	padding   padding
+	receipt   *pending
 }
 
 // ServeHTTP implements http.Handler.
@@ -268,6 +293,9 @@ func (s *Server) handle(x *exchange) error {
 	if err := s.checkHead(x.r); err != nil {
 		return err
 	}
+	if x.receipt, err = openReceipt(x.r.Header); err != nil {
+		return err
+	}
 	if err := s.available(); err != nil {
 		return err
 	}
@@ -287,6 +315,7 @@ func (s *Server) handle(x *exchange) error {
 	if err != nil {
 		return err
 	}
+	x.receipt.about(body, req, s.served[req.model])
 	select {
 	case s.places <- struct{}{}:
 	default:
@@ -417,7 +446,7 @@ func (x *exchange) fail(err error) {
 	}
 	if x.started {
 		if x.streaming {
-			x.write(append(append([]byte("data: "), e.body()...), "\n\n"...))
+			x.write(x.padding.event(nil, e.body()))
 		}
 		panic(http.ErrAbortHandler)
 	}

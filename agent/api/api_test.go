@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/ecdsa"
+	"crypto/ed25519"
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/tls"
@@ -17,6 +18,7 @@ import (
 	"net"
 	"net/http"
 	"path/filepath"
+	"regexp"
 	"runtime"
 	"strings"
 	"sync"
@@ -25,6 +27,7 @@ import (
 	"time"
 
 	"chrysalis/agent/port"
+	"chrysalis/attest/receipt"
 	"chrysalis/guest"
 	"chrysalis/manifest"
 )
@@ -39,6 +42,7 @@ const helloStream = `{"model":"chrysalis/demo","stream":true,"messages":[{"role"
 
 // bench is a server between a client and a fake engine.
 type bench struct {
+	asked atomic.Int64 // the model whose engine was dialled last
 	*Server
 	counters Counters
 	address  string
@@ -79,6 +83,13 @@ func (c recordedConn) Write(p []byte) (int, error) {
 	return c.Conn.Write(p)
 }
 
+var testReceiptKey = ed25519.NewKeyFromSeed(make([]byte, ed25519.SeedSize))
+
+var comments = regexp.MustCompile(`(?m)^:[^\n]*\n\n?`)
+
+// unpadded returns a stream's events without padding and receipt.
+func unpadded(body []byte) string { return comments.ReplaceAllString(string(body), "") }
+
 var testCertificate = sync.OnceValue(func() tls.Certificate {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
@@ -118,7 +129,10 @@ func start(t testing.TB, engine http.HandlerFunc, change func(*Config), tweak fu
 		Models:      testModels,
 		Limits:      limits,
 		Certificate: testCertificate(),
-		Engine: func(ctx context.Context) (net.Conn, error) {
+		ReceiptKey:  testReceiptKey,
+		Manifest:    [48]byte{1},
+		Engine: func(ctx context.Context, model int) (net.Conn, error) {
+			b.asked.Store(int64(model))
 			return new(net.Dialer).DialContext(ctx, "unix", b.socket)
 		},
 		Ready:       b.ready.Load,
@@ -201,7 +215,7 @@ func (b *bench) do(t testing.TB, req *http.Request) (*http.Response, string) {
 	if err != nil {
 		t.Fatalf("status %d, then %v after %q", resp.StatusCode, err, body)
 	}
-	return resp, string(body)
+	return resp, strings.TrimRight(string(body), " ") // padding
 }
 
 func (b *bench) post(t testing.TB, path, body string) (*http.Response, string) {
@@ -257,8 +271,8 @@ func TestModels(t *testing.T) {
 	b := start(t, nil, nil, nil)
 	resp, body := b.do(t, b.request(t, "GET", "/v1/models", ""))
 	want := `{"object":"list","data":[` +
-		`{"id":"chrysalis/demo","object":"model","created":0,"owned_by":"chrysalis","revision":"1","root_hash":"` + strings.Repeat("ab", 32) + `"},` +
-		`{"id":"other/model","object":"model","created":0,"owned_by":"other","revision":"r2","root_hash":"` + strings.Repeat("cd", 32) + `"}]}`
+		`{"id":"chrysalis/demo@1","object":"model","created":0,"owned_by":"chrysalis","revision":"1","root_hash":"` + strings.Repeat("ab", 32) + `"},` +
+		`{"id":"other/model@r2","object":"model","created":0,"owned_by":"other","revision":"r2","root_hash":"` + strings.Repeat("cd", 32) + `"}]}`
 	if resp.StatusCode != 200 || body != want {
 		t.Errorf("got %d %s\nwant %s", resp.StatusCode, body, want)
 	}
@@ -281,7 +295,7 @@ func TestForward(t *testing.T) {
 			`{"m\u006fdel":"chrysalis/demo","messages":[{"role":"user","content":[{"type":"text","text":"x"}]}]}`,
 			`{"messages":[{"role":"user","content":[{"type":"text","text":"x"}]}],"model":"chrysalis/demo","cache_prompt":false}`},
 		{"completion", "/v1/completions",
-			`{"prompt":"once","model":"other/model","temperature":0,"seed":-1,"stream":false}`,
+			`{"prompt":"once","model":"other/model@r2:` + strings.Repeat("cd", 32) + `","temperature":0,"seed":-1,"stream":false}`,
 			`{"prompt":"once","model":"other/model","stream":false,"temperature":0,"seed":-1,"cache_prompt":false}`},
 		{"embeddings", "/v1/embeddings",
 			`{"input":["a","b"],"model":"chrysalis/demo","encoding_format":"base64"}`,
@@ -291,7 +305,8 @@ func TestForward(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			const answer = `{"object":"answer"}`
 			got := make(chan string, 1)
-			b := start(t, func(w http.ResponseWriter, r *http.Request) {
+			var b *bench
+			b = start(t, func(w http.ResponseWriter, r *http.Request) {
 				body, _ := io.ReadAll(r.Body)
 				var header []string
 				for name := range r.Header {
@@ -306,6 +321,9 @@ func TestForward(t *testing.T) {
 				}
 				if r.URL.Path != test.path || r.Host != "engine" {
 					t.Errorf("the engine got %s %s", r.Host, r.URL.Path)
+				}
+				if want := strings.Contains(test.body, "other/model"); want != (b.asked.Load() == 1) {
+					t.Errorf("model %d's engine got %s", b.asked.Load(), body)
 				}
 				got <- string(body)
 				w.Header().Set("X-Engine", "secret")
@@ -326,7 +344,7 @@ func TestForward(t *testing.T) {
 			}
 			for name := range resp.Header {
 				switch name {
-				case "Content-Type", "Content-Length", "Cache-Control", "Date":
+				case "Content-Type", "Cache-Control", "Date", receipt.SaltHeader:
 				default:
 					t.Errorf("the client got the header %s", name)
 				}
@@ -369,7 +387,7 @@ func TestStream(t *testing.T) {
 	}
 	close(next)
 	rest, err := io.ReadAll(resp.Body)
-	if want := "data: {\"n\":2}\n\ndata: [DONE]\n\n"; err != nil || string(rest) != want {
+	if want := "data: {\"n\":2}\n\ndata: [DONE]\n\n"; err != nil || unpadded(rest) != want {
 		t.Errorf("got %q, %v, want %q", rest, err, want)
 	}
 }
@@ -896,7 +914,7 @@ func TestStreamFailures(t *testing.T) {
 			if err != io.ErrUnexpectedEOF {
 				t.Errorf("the stream ended with %v", err)
 			}
-			first, last, _ := strings.Cut(string(body), "\n\n")
+			first, last, _ := strings.Cut(unpadded(body), "\n\n")
 			if first != `data: {"n":1}` || strings.Contains(last, "DONE") || strings.Contains(last, "secret") {
 				t.Errorf("got %q", body)
 			}
@@ -1069,7 +1087,7 @@ func TestPanicIsContained(t *testing.T) {
 	}{
 		{"in a request", func(c *Config) { c.Ready = func() bool { panic("secret") } }},
 		// On a goroutine of net/http's, where it would end the process.
-		{"while dialling", func(c *Config) { c.Engine = func(context.Context) (net.Conn, error) { panic("secret") } }},
+		{"while dialling", func(c *Config) { c.Engine = func(context.Context, int) (net.Conn, error) { panic("secret") } }},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			b := start(t, nil, test.config, nil)
@@ -1304,7 +1322,7 @@ func TestEndlessAnswer(t *testing.T) {
 		for r.Context().Err() == nil {
 			sayEvents(w, event)
 		}
-	}, nil, nil)
+	}, nil, func(s *Server) { s.tick = time.Millisecond })
 	resp, err := b.client.Do(b.request(t, "POST", "/v1/chat/completions", helloStream))
 	if err != nil {
 		t.Fatal(err)
@@ -1312,7 +1330,8 @@ func TestEndlessAnswer(t *testing.T) {
 	defer resp.Body.Close()
 	var tail bytes.Buffer
 	n, err := io.Copy(&tail, resp.Body)
-	if n > maxAnswer+1024 || err != io.ErrUnexpectedEOF || !strings.Contains(tail.String()[n-300:], "answer_too_large") {
+	if n > maxAnswer*17/16 || // with padding
+		err != io.ErrUnexpectedEOF || !strings.Contains(tail.String()[n-minSlot:], "answer_too_large") {
 		t.Errorf("%d bytes, then %v", n, err)
 	}
 }
@@ -1323,7 +1342,7 @@ func TestChunks(t *testing.T) {
 	event := "data: {\"x\":\"" + strings.Repeat("y", 100<<10) + "\"}\n\n"
 	b := start(t, func(w http.ResponseWriter, r *http.Request) { sayEvents(w, event+"data: [DONE]\n\n") }, nil, nil)
 	resp, body := b.post(t, "/v1/chat/completions", helloStream)
-	if resp.StatusCode != 200 || body != event+"data: [DONE]\n\n" {
+	if resp.StatusCode != 200 || unpadded([]byte(body)) != event+"data: [DONE]\n\n" {
 		t.Errorf("got %d, %d bytes", resp.StatusCode, len(body))
 	}
 	if total, longest := b.record.total.Load(), b.record.longest.Load(); total < 100<<10 || longest != guest.MaxChunk {

@@ -20,6 +20,9 @@ const maxDepth = 64
 // maxKey bounds a field's name, in bytes as it is written.
 const maxKey = 256
 
+// maxModel bounds how a model is named, in bytes: ORG/NAME@REVISION:ROOTHASH.
+const maxModel = 2*64 + 1 + 1 + 64 + 1 + 64
+
 // checkText reports whether data is one JSON text (RFC 8259) that every reader
 // reads alike: UTF-8, no half of a surrogate pair, nested at most maxDepth deep.
 // Everything else in this file relies on it.

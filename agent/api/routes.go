@@ -50,7 +50,7 @@ var routes = []route{
 		{name: "best_of", engine: "", check: integer(1, 1)},
 	}, generation...)},
 	{method: http.MethodPost, path: "/v1/embeddings", fields: []field{
-		{name: "model", engine: "model", check: text(maxKey), required: true},
+		{name: "model", engine: "model", check: text(maxModel), required: true},
 		{name: "input", engine: "input", check: either(isArray, listOf(1, 2048, text(0)), text(0)), required: true},
 		{name: "encoding_format", engine: "encoding_format", check: oneOf("float", "base64")},
 		{name: "user", engine: "", check: text(maxKey)},
@@ -59,7 +59,7 @@ var routes = []route{
 
 // generation are the fields that both kinds of completion have.
 var generation = []field{
-	{name: "model", engine: "model", check: text(maxKey), required: true},
+	{name: "model", engine: "model", check: text(maxModel), required: true},
 	{name: "stream", engine: "stream", check: boolean},
 	{name: "stream_options", engine: "stream_options", check: object(nil, map[string]check{"include_usage": boolean})},
 	{name: "max_tokens", engine: "max_tokens", check: integer(1, 1<<31-1)},

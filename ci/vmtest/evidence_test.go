@@ -3,12 +3,17 @@ package vmtest
 import (
 	"bytes"
 	"crypto"
+	"crypto/ed25519"
 	"crypto/rand"
 	"crypto/sha256"
 	"crypto/x509"
 	"encoding/base64"
 	"encoding/pem"
+	"errors"
+	"io"
+	"net/http"
 	"os"
+	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
@@ -18,6 +23,7 @@ import (
 	"github.com/canonical/go-tpm2/mu"
 
 	"chrysalis/attest/evidence"
+	"chrysalis/attest/receipt"
 	"chrysalis/launcher"
 	"chrysalis/manifest"
 	"chrysalis/measure/cel"
@@ -27,8 +33,13 @@ import (
 // part against the others and against what was booted.
 func TestEvidence(t *testing.T) {
 	h := newHost(t)
-	endpoint := h.up("--engine", llama, "--model", demo)
-	c := newClient(t, endpoint)
+	const token = "sk-0123456789abcdef0123456789abcdef"
+	tokens := filepath.Join(t.TempDir(), "tokens")
+	if err := os.WriteFile(tokens, []byte("# one client\n"+token+"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	endpoint := h.up("--engine", llama, "--model", demo, "--token-file", tokens)
+	c := newClient(t, endpoint) // without a token
 
 	// Asked for at the same time: the first alone, the others with one quote, or
 	// two.
@@ -121,6 +132,11 @@ func TestEvidence(t *testing.T) {
 	}
 	t.Logf("quote of %d bytes, firmware's log of %d, CEL of %d, clock %d", len(d.TPM.Quote), len(d.TPM.Log), len(d.CEL), attested.ClockInfo.Clock)
 
+	if len(m.Tokens) != 1 || m.Tokens[0] != manifest.TokenHash(token) || bytes.Contains(d.Manifest, []byte(token)) {
+		t.Errorf("the manifest does not hold the token's hash: %s", d.Manifest)
+	}
+	checkReceipt(t, c, d, token)
+
 	for name, query := range map[string]string{
 		"no nonce": "", "an empty query": "?", "an empty nonce": "?nonce=",
 		"a short nonce":        "?nonce=" + strings.Repeat("A", 42),
@@ -138,6 +154,61 @@ func TestEvidence(t *testing.T) {
 	}
 	if resp, body := c.send("POST", evidence.Path, strings.NewReader("{}")); resp.StatusCode != 405 {
 		t.Errorf("POST: %s: %s", resp.Status, body)
+	}
+}
+
+// checkReceipt asks with and without a token, and checks the receipt of the answer
+// against the evidence.
+func checkReceipt(t *testing.T, c *client, d *evidence.Document, token string) {
+	t.Helper()
+	for _, path := range []string{"/v1/models", "/v1/chat/completions"} {
+		method, body := "GET", io.Reader(nil)
+		if path != "/v1/models" {
+			method, body = "POST", question("What is a TD?", false)
+		}
+		if resp, body := c.send(method, path, body); resp.StatusCode != 401 {
+			t.Errorf("%s without a token: %s: %s", path, resp.Status, body)
+		}
+	}
+	for _, stream := range []bool{false, true} {
+		asked, err := io.ReadAll(question("What is a TD?", stream))
+		if err != nil {
+			t.Fatal(err)
+		}
+		salt := [receipt.SaltSize]byte{7}
+		req, err := http.NewRequest("POST", c.endpoint+"/v1/chat/completions", bytes.NewReader(asked))
+		if err != nil {
+			t.Fatal(err)
+		}
+		req.Header.Set("Content-Type", "application/json")
+		req.Header.Set("Authorization", "Bearer "+token)
+		req.Header.Set(receipt.SaltHeader, receipt.FormatSalt(salt))
+		resp, err := c.http.Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		body, err := io.ReadAll(resp.Body)
+		resp.Body.Close()
+		if err != nil || resp.StatusCode != 200 {
+			t.Fatalf("%s, %v: %s", resp.Status, err, body)
+		}
+		if stream {
+			if body, _, err = receipt.SplitStream(body); err != nil {
+				t.Fatal(err)
+			}
+		}
+		r, err := receipt.Verify([]byte(resp.Trailer.Get(receipt.Trailer)), ed25519.PublicKey(d.ReceiptKey))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := errors.Join(r.CheckBodies(salt, asked, body), r.CheckManifest(d.Manifest)); err != nil {
+			t.Error(err)
+		}
+		if r.Model != "chrysalis/demo@1" || r.RootHash != describe(t, demo).RootHash.String() || r.PromptTokens == nil || *r.PromptTokens == 0 ||
+			r.CompletionTokens == nil || *r.CompletionTokens < 5 || *r.CompletionTokens > 96 {
+			t.Errorf("got %+v", r)
+		}
+		t.Logf("a receipt of %d bytes, %d and %d tokens", len(resp.Trailer.Get(receipt.Trailer)), *r.PromptTokens, *r.CompletionTokens)
 	}
 }
 

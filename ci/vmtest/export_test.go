@@ -22,6 +22,7 @@ import (
 	"chrysalis/image/imagetest"
 	"chrysalis/image/toolsroot"
 	"chrysalis/launcher"
+	"chrysalis/launcher/softtpm"
 )
 
 // TestExport boots an exported disk as a provider would: firmware finds it by
@@ -106,11 +107,12 @@ func startQEMU(t *testing.T, argv []string, binds ...toolsroot.Bind) *diskVM {
 	shared := toolsroot.Bind{Host: vm.dir, Inside: "/vm/io", Writable: true}
 	tpm := toolsroot.Bind{Host: state, Inside: "/vm/tpm", Writable: true}
 
-	if out, err := tools.Cmd(t.Context(), toolsroot.Command{
-		Args: []string{"swtpm_setup", "--tpm2", "--tpm-state", "dir:///vm/tpm", "--pcr-banks", "sha256,sha384"},
-		Bind: []toolsroot.Bind{tpm}, Offline: true,
-	}).CombinedOutput(); err != nil {
-		t.Fatalf("make a TPM: %v: %s", err, out)
+	ca, err := softtpm.OpenCA(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := softtpm.Make(t.Context(), tools, state, ca); err != nil {
+		t.Fatal(err)
 	}
 	start := func(c toolsroot.Command) *exec.Cmd {
 		cmd := tools.Cmd(context.Background(), c)

@@ -21,6 +21,7 @@ import (
 	"chrysalis/guest"
 	"chrysalis/image/profile"
 	"chrysalis/models"
+	"chrysalis/models/card"
 	"chrysalis/verity"
 	"chrysalis/verity/disk"
 )
@@ -193,7 +194,9 @@ func testEngine(t *testing.T, mode string) string {
 		Argv:        []profile.Args{{Args: []string{"/engine", mode, "${socket}"}}},
 		Environment: map[string]string{},
 		Parameters:  map[string]profile.Parameter{},
-		Models:      profile.Range{Max: 16},
+		Formats:     []string{card.GGUF, card.Safetensors},
+		Cache:       profile.CacheNone,
+		Status:      profile.Tested,
 		Seccomp:     []string{},
 	})
 	if err != nil {

@@ -253,8 +253,14 @@ func (in *inputs) setManifest(o Options) (err error) {
 	if err != nil {
 		return fmt.Errorf("read the engine's profile from %s: %w", o.Engine, err)
 	}
-	if _, _, err := p.Command(m, 1); err != nil {
-		return fmt.Errorf("the engine would refuse the manifest: %w", err)
+	for i, d := range in.disks[1:] {
+		info, err := models.InspectDisk(d, d.Size)
+		if err != nil {
+			return fmt.Errorf("read the model disk %s: %w", o.Models[i], err)
+		}
+		if _, _, err := p.Command(m, &info.Card, 1); err != nil {
+			return fmt.Errorf("the engine would refuse the manifest: %w", err)
+		}
 	}
 	return nil
 }

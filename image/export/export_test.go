@@ -74,6 +74,10 @@ func TestWrite(t *testing.T) {
 	if want := map[string]bool{"check " + o.Engine: true, "check " + o.Models[0]: true, "write": true}; !maps.Equal(steps, want) {
 		t.Errorf("progress: %v, expected %v", steps, want)
 	}
+	// What is exported without more ado is the VM that a release's manifest describes.
+	if published := filepath.Join(filepath.Dir(o.Image), "llama.cpp.manifest.json"); !bytes.Equal(read(t, published), r.Manifest) {
+		t.Errorf("the manifest is %s, and not what %s says", r.Manifest, published)
+	}
 	raw := read(t, o.Out)
 	if int64(len(raw)) != r.Size {
 		t.Fatalf("%d bytes, said to be %d", len(raw), r.Size)
@@ -146,22 +150,11 @@ func TestModels(t *testing.T) {
 		t.Fatal(err)
 	}
 	o.Models = append(o.Models, second)
-	if _, err := Write(t.Context(), o); err == nil || !strings.Contains(err.Error(), "1 to 1 models") {
-		t.Errorf("for an engine that serves one: %v", err)
+	o.Engine = testEngine(t, "safetensors")
+	if _, err := Write(t.Context(), o); err == nil || !strings.Contains(err.Error(), "reads safetensors") {
+		t.Errorf("for an engine that cannot read them: %v", err)
 	}
-	p, err := json.Marshal(profile.Profile{
-		Version: 1, Name: "test", Health: "/health", ReadySeconds: 5,
-		Argv:        []profile.Args{{Args: []string{"/engine"}}},
-		Environment: map[string]string{}, Parameters: map[string]profile.Parameter{},
-		Models: profile.Range{Max: 16}, Seccomp: []string{},
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	o.Engine = filepath.Join(t.TempDir(), "engine")
-	if _, err := disk.PackTree(t.Context(), fstest.MapFS{profile.Path: {Data: p, Mode: 0o444}}, o.Engine, disk.Options{}); err != nil {
-		t.Fatal(err)
-	}
+	o.Engine = testEngine(t, "gguf")
 	m, err := manifest.Parse(export(t, o).Manifest)
 	if err != nil || len(m.Models) != 2 || m.Models[1].ID() != "a/second@2" {
 		t.Fatalf("manifest: %+v, %v", m, err)
@@ -176,6 +169,25 @@ func TestModels(t *testing.T) {
 			t.Errorf("partition %d: %+v, expected the model %s", number+1, p, want)
 		}
 	}
+}
+
+// testEngine packs an engine disk with nothing but a profile, for one format.
+func testEngine(t *testing.T, format string) string {
+	t.Helper()
+	p, err := json.Marshal(profile.Profile{
+		Version: 1, Name: "test", Health: "/health", ReadySeconds: 5,
+		Argv:        []profile.Args{{Args: []string{"/engine"}}},
+		Environment: map[string]string{}, Parameters: map[string]profile.Parameter{},
+		Formats: []string{format}, Cache: profile.CacheNone, Status: profile.Tested, Seccomp: []string{},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	out := filepath.Join(t.TempDir(), "engine")
+	if _, err := disk.PackTree(t.Context(), fstest.MapFS{profile.Path: {Data: p, Mode: 0o444}}, out, disk.Options{}); err != nil {
+		t.Fatal(err)
+	}
+	return out
 }
 
 // Twice the same, in both formats; another manifest gives another disk.

@@ -17,7 +17,7 @@ import (
 	"strings"
 
 	"chrysalis/image/profile"
-	"chrysalis/models"
+	"chrysalis/models/card"
 )
 
 // Progress is told how far a step is, in bytes.
@@ -265,16 +265,20 @@ func (v *Tree) report(number int, r *Report) *VerityReport {
 			if err != nil {
 				r.problem("partition %d: %v", number, err)
 			}
-		case models.InfoName:
+		case card.Path:
 			info, err := v.model()
 			if err != nil {
 				r.problem("partition %d: %v", number, err)
 				continue
 			}
 			out.Model = info.Ref()
-			for _, weights := range v.Entries {
-				if sum := fmt.Sprintf("%x", info.SHA256); weights.Path == models.GGUFName && weights.SHA256 != sum {
-					r.problem("partition %d: /%s has the SHA-256 %s, /%s says %s", number, models.GGUFName, weights.SHA256, models.InfoName, sum)
+			sums := map[string]string{}
+			for _, file := range info.Files {
+				sums[file.Path] = file.SHA256
+			}
+			for _, file := range v.Entries {
+				if sum, ok := sums[file.Path]; ok && file.SHA256 != sum {
+					r.problem("partition %d: /%s has the SHA-256 %s, /%s says %s", number, file.Path, file.SHA256, card.Path, sum)
 				}
 			}
 		}

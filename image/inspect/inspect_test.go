@@ -109,7 +109,9 @@ func TestInspectDisk(t *testing.T) {
 			"model.json"},
 		{"model's hash", func(d *diskImage) {
 			d.files["/model.gguf"] = treeFile{data: []byte("GGUF"), mode: 0o444}
-			d.files["/model.json"] = treeFile{data: fmt.Appendf(nil, `{"name":"a/b","revision":"1","sha256":"%064x","size":4}`, 1), mode: 0o444}
+			card := fmt.Sprintf(`{"context_length":0,"entry":"model.gguf","files":[{"path":"model.gguf","sha256":"%064x","size":4}],`+
+				`"format":"gguf","licence":"","name":"a/b","parameters":1,"quantisation":"","revision":"1","version":1}`, 1)
+			d.files = map[string]treeFile{"/model.gguf": d.files["/model.gguf"], "/model.json": {data: []byte(card), mode: 0o444}}
 		}, "has the SHA-256"},
 	} {
 		t.Run(c.name, func(t *testing.T) {

@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"chrysalis/manifest"
+	"chrysalis/models/card"
 )
 
 // Path is where an engine disk carries its profile.
@@ -29,25 +30,43 @@ const MaxSize = 64 << 10
 // Paths inside the engine's root that the agent provides.
 const (
 	SocketPath = "/run/engine/engine.sock" // the engine's only door
-	ModelsDir  = "/models"                 // model i is mounted at ModelsDir/i
+	ModelsDir  = "/models"                 // a model is mounted at ModelsDir/ORG/NAME
 )
 
-// Profile is how an engine is run.
+// Profile is how an engine is run: one process for each model, which sees that
+// model only.
 type Profile struct {
 	Version      int                  `json:"version"` // 1
 	Name         string               `json:"name"`
 	Argv         []Args               `json:"argv"`
 	Environment  map[string]string    `json:"environment"` // the whole of it
 	Parameters   map[string]Parameter `json:"parameters"`
-	Models       Range                `json:"models"`        // how many models it serves at once
+	Formats      []string             `json:"formats"`       // of weights that it reads, as package card names them
+	Needs        Needs                `json:"needs"`         // what the VM must have
+	Loopback     bool                 `json:"loopback"`      // its own processes talk over 127.0.0.1, which nothing else can reach
+	Cache        string               `json:"cache"`         // CacheNone
+	Status       string               `json:"status"`        // Tested or Untested
 	Health       string               `json:"health"`        // path that answers 200 once requests are taken
 	ReadySeconds int                  `json:"ready_seconds"` // until then
 	Seccomp      []string             `json:"seccomp"`       // system calls beside the agent's own list
 }
 
+// CacheNone says that an engine run as its profile says keeps nothing of a request
+// for the next: what one client has asked cannot be told from how fast another is
+// answered. There is no other kind yet.
+const CacheNone = "none"
+
+// What a profile's status can be: whether this engine has been run in a VM as the
+// profile says, or has not.
+const (
+	Tested   = "tested"
+	Untested = "untested"
+)
+
 // Args are consecutive arguments. Each may be one placeholder, or hold several:
-// ${socket}, ${model_dir}, ${model_name}, or ${NAME} of a parameter. With If,
-// they are left out while that parameter is zero.
+// ${socket}, ${model_dir}, ${model_file} (the file that an engine opens, of a GGUF
+// model), ${model_name}, or ${NAME} of a parameter. With If, they are left out
+// while that parameter is zero.
 type Args struct {
 	If   string   `json:"if,omitempty"`
 	Args []string `json:"args"`
@@ -59,8 +78,14 @@ type Parameter struct {
 	Max     int64 `json:"max"`
 	Default int64 `json:"default"`
 	// From, if set, is what the default is taken from, within the bounds: "cpus" is
-	// the number of the VM's processors.
+	// the number of the VM's processors, "gpus" that of its GPUs.
 	From string `json:"default_from,omitempty"`
+}
+
+// Needs are what an engine cannot work without.
+type Needs struct {
+	MemoryMiB int   `json:"memory_mib"` // beside the weights
+	GPUs      Range `json:"gpus"`
 }
 
 // Range is an inclusive range.
@@ -101,7 +126,7 @@ func Parse(data []byte) (*Profile, error) {
 		if !parameterRE.MatchString(name) || slices.Contains(builtin, name) {
 			return nil, fmt.Errorf("engine profile: %q cannot be a parameter's name", name)
 		}
-		if par.From != "" && par.From != fromCPUs {
+		if par.From != "" && par.From != fromCPUs && par.From != fromGPUs {
 			return nil, fmt.Errorf("engine profile: parameter %s: a default cannot be taken from %q", name, par.From)
 		}
 		if par.Min > par.Default || par.Default > par.Max {
@@ -153,35 +178,68 @@ func Parse(data []byte) (*Profile, error) {
 	if p.ReadySeconds < 1 || p.ReadySeconds > 3600 {
 		return nil, fmt.Errorf("engine profile: ready_seconds is %d, expected 1 to 3600", p.ReadySeconds)
 	}
-	if p.Models.Min < 0 || p.Models.Max < p.Models.Min {
-		return nil, fmt.Errorf("engine profile: models %d to %d is not a range", p.Models.Min, p.Models.Max)
+	if len(p.Formats) == 0 {
+		return nil, errors.New("engine profile: formats: none is named")
+	}
+	for i, format := range p.Formats {
+		if format != card.GGUF && format != card.Safetensors || slices.Contains(p.Formats[:i], format) {
+			return nil, fmt.Errorf("engine profile: formats: %q is unknown or there twice", format)
+		}
+	}
+	if g := p.Needs.GPUs; g.Min < 0 || g.Max < g.Min {
+		return nil, fmt.Errorf("engine profile: needs.gpus: %d to %d is not a range", g.Min, g.Max)
+	}
+	if p.Needs.MemoryMiB < 0 || p.Needs.MemoryMiB > 1<<30 {
+		return nil, fmt.Errorf("engine profile: needs.memory_mib is %d", p.Needs.MemoryMiB)
+	}
+	if p.Cache != CacheNone {
+		return nil, fmt.Errorf("engine profile: cache is %q, expected %q: an engine must keep clients apart", p.Cache, CacheNone)
+	}
+	if p.Status != Tested && p.Status != Untested {
+		return nil, fmt.Errorf("engine profile: status is %q, expected %q or %q", p.Status, Tested, Untested)
 	}
 	return &p, nil
 }
 
-// fromCPUs is the only thing that a default can be taken from.
-const fromCPUs = "cpus"
+// What a default can be taken from.
+const (
+	fromCPUs = "cpus"
+	fromGPUs = "gpus"
+)
 
 // builtin are the placeholders that are not parameters.
-var builtin = []string{"socket", "model_dir", "model_name"}
+var builtin = []string{"socket", "model_dir", "model_file", "model_name"}
 
-// Command renders the engine's arguments and environment for a manifest and a VM
-// with so many processors. An unknown parameter, or one out of the profile's
-// bounds, is an error.
-func (p *Profile) Command(m *manifest.Manifest, cpus int) (argv, env []string, err error) {
-	if n := len(m.Models); n < p.Models.Min || n > p.Models.Max {
-		return nil, nil, fmt.Errorf("engine %s serves %d to %d models, the manifest names %d", p.Name, p.Models.Min, p.Models.Max, n)
+// CheckModel tells why the engine cannot serve a model.
+func (p *Profile) CheckModel(c *card.Card) error {
+	if !slices.Contains(p.Formats, c.Format) {
+		return fmt.Errorf("engine %s reads %s, the model %s is %s", p.Name, strings.Join(p.Formats, " and "), c.ID(), c.Format)
 	}
-	values := map[string]string{"socket": SocketPath}
-	if len(m.Models) > 0 {
-		values["model_dir"] = path.Join(ModelsDir, "0")
-		values["model_name"] = m.Models[0].Name
+	return nil
+}
+
+// Command renders the arguments and environment of the engine for one model of a
+// manifest, in a VM with so many processors. An unknown parameter, or one out of
+// the profile's bounds, is an error, and so is a model in another format.
+func (p *Profile) Command(m *manifest.Manifest, model *card.Card, cpus int) (argv, env []string, err error) {
+	if err := p.CheckModel(model); err != nil {
+		return nil, nil, err
+	}
+	if g := p.Needs.GPUs; m.GPUs < g.Min || m.GPUs > g.Max {
+		return nil, nil, fmt.Errorf("engine %s needs %d to %d GPUs, the manifest requires %d", p.Name, g.Min, g.Max, m.GPUs)
+	}
+	dir := path.Join(ModelsDir, model.Name)
+	values := map[string]string{
+		"socket": SocketPath, "model_dir": dir, "model_file": path.Join(dir, model.Entry), "model_name": model.Name,
 	}
 	number := map[string]int64{}
 	for name, par := range p.Parameters {
 		number[name] = par.Default
-		if par.From == fromCPUs {
+		switch par.From {
+		case fromCPUs:
 			number[name] = min(max(int64(cpus), par.Min), par.Max)
+		case fromGPUs:
+			number[name] = min(max(int64(m.GPUs), par.Min), par.Max)
 		}
 	}
 	for name, value := range m.Parameters {

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"chrysalis/manifest"
+	"chrysalis/models/card"
 )
 
 // llama is the profile of the llama.cpp disk, as it is committed.
@@ -32,6 +33,9 @@ func parse(t testing.TB, data []byte) *Profile {
 	return p
 }
 
+// demo is the model of sample.
+var demo = &card.Card{Name: "chrysalis/demo", Revision: "rev-7", Format: card.GGUF, Entry: "model.gguf"}
+
 func sample(parameters map[string]int64) *manifest.Manifest {
 	disk := manifest.Disk{RootHash: strings.Repeat("ab", 32), Salt: "5a17", DataBlocks: 123456789}
 	return &manifest.Manifest{
@@ -45,7 +49,7 @@ func sample(parameters map[string]int64) *manifest.Manifest {
 // between requests, nothing fetched, no page of its own.
 func TestLlama(t *testing.T) {
 	const defaults = "/usr/bin/llama-server --host /run/engine/engine.sock --no-ui --offline --no-slots " +
-		"--model /models/0/model.gguf --alias chrysalis/demo " +
+		"--model /models/chrysalis/demo/model.gguf --alias chrysalis/demo " +
 		"--ctx-size 2048 --parallel 2 --threads 2 --batch-size 512 " +
 		"--no-cache-prompt --cache-ram 0 --cache-reuse 0 --slot-prompt-similarity 0 --no-cache-idle-slots " +
 		"--fit off --log-colors off"
@@ -64,7 +68,7 @@ func TestLlama(t *testing.T) {
 		{"embeddings", map[string]int64{"embeddings": 1}, defaults + " --embeddings --pooling mean"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			argv, env, err := p.Command(sample(tt.parameters), 2)
+			argv, env, err := p.Command(sample(tt.parameters), demo, 2)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -83,10 +87,8 @@ func TestLlama(t *testing.T) {
 
 func TestCommandRefuses(t *testing.T) {
 	p := parse(t, llama(t))
-	two := sample(map[string]int64{})
-	two.Models = append(two.Models, two.Models[0])
-	none := sample(map[string]int64{})
-	none.Models = nil
+	gpu := sample(map[string]int64{})
+	gpu.GPUs = 1
 	for _, tt := range []struct {
 		name, says string
 		manifest   *manifest.Manifest
@@ -97,11 +99,10 @@ func TestCommandRefuses(t *testing.T) {
 		{"a switch of 2", "parameter embeddings is 2", sample(map[string]int64{"embeddings": 2})},
 		{"unknown parameter", `llama.cpp has no parameter "port"`, sample(map[string]int64{"port": 80})},
 		{"a builtin as a parameter", `has no parameter "socket"`, sample(map[string]int64{"socket": 1})},
-		{"two models", "serves 1 to 1 models, the manifest names 2", two},
-		{"no models", "serves 1 to 1 models, the manifest names 0", none},
+		{"a GPU", "needs 0 to 0 GPUs, the manifest requires 1", gpu},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			argv, env, err := p.Command(tt.manifest, 2)
+			argv, env, err := p.Command(tt.manifest, demo, 2)
 			if err == nil || !strings.Contains(err.Error(), tt.says) || argv != nil || env != nil {
 				t.Errorf("%q, error %v, expected %q", argv, err, tt.says)
 			}
@@ -114,7 +115,7 @@ func TestCommandRefuses(t *testing.T) {
 // reaches the command.
 func TestOnlyTheNameIsText(t *testing.T) {
 	p := parse(t, llama(t))
-	plain, env, err := p.Command(sample(map[string]int64{"embeddings": 1}), 2)
+	plain, env, err := p.Command(sample(map[string]int64{"embeddings": 1}), demo, 2)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -122,14 +123,14 @@ func TestOnlyTheNameIsText(t *testing.T) {
 	m.Engine = manifest.Disk{RootHash: strings.Repeat("cd", 32), Salt: "77", DataBlocks: 99}
 	m.Models[0] = manifest.Model{Name: "x/${socket}", Revision: "marked", Disk: m.Engine}
 	m.Limits = manifest.Limits{BodyBytes: 4242, Concurrency: 42, IdleSeconds: 43, TotalSeconds: 44}
-	m.GPUs = 7
-	argv, env2, err := p.Command(m, 2)
+	argv, env2, err := p.Command(m, &card.Card{Name: "x/${socket}", Revision: "marked", Format: card.GGUF, Entry: "model.gguf", Licence: "x"}, 2)
 	if err != nil {
 		t.Fatal(err)
 	}
 	// Nor is a name looked at for placeholders.
-	alias := slices.Index(plain, "chrysalis/demo")
-	plain[alias] = "x/${socket}"
+	for i := range plain {
+		plain[i] = strings.Replace(plain[i], "chrysalis/demo", "x/${socket}", 1)
+	}
 	if !slices.Equal(argv, plain) || !slices.Equal(env, env2) {
 		t.Errorf("%q\nexpected\n%q", argv, plain)
 	}
@@ -150,14 +151,14 @@ func TestArguments(t *testing.T) {
 		{"args":["/x","${model_name}@${model_dir}:${n}${n}","$n","$","${n"]},
 		{"if":"n","args":["--n=${n}"]},{"if":"m","args":["--m"]},{"args":[""]}],
 		"parameters":{"n":{"min":-5,"max":5,"default":-1},"m":{"min":0,"max":1,"default":0}},
-		"models":{"min":0,"max":2},"health":"/","ready_seconds":1}`))
-	argv, env, err := p.Command(sample(nil), 2)
-	want := []string{"/x", "chrysalis/demo@/models/0:-1-1", "$n", "$", "${n", "--n=-1", ""}
+		"formats":["gguf"],"cache":"none","status":"tested","health":"/","ready_seconds":1}`))
+	argv, env, err := p.Command(sample(nil), demo, 2)
+	want := []string{"/x", "chrysalis/demo@/models/chrysalis/demo:-1-1", "$n", "$", "${n", "--n=-1", ""}
 	if err != nil || !slices.Equal(argv, want) || len(env) != 0 {
 		t.Errorf("%q, %q, %v; expected %q", argv, env, err, want)
 	}
-	argv, _, err = p.Command(sample(map[string]int64{"n": 0, "m": 1}), 2)
-	want = []string{"/x", "chrysalis/demo@/models/0:00", "$n", "$", "${n", "--m", ""}
+	argv, _, err = p.Command(sample(map[string]int64{"n": 0, "m": 1}), demo, 2)
+	want = []string{"/x", "chrysalis/demo@/models/chrysalis/demo:00", "$n", "$", "${n", "--m", ""}
 	if err != nil || !slices.Equal(argv, want) {
 		t.Errorf("%q, %v; expected %q", argv, err, want)
 	}
@@ -215,8 +216,13 @@ func TestParseRefuses(t *testing.T) {
 		{"a health path by its name", swap(`"/health"`, `"health"`), `"health" is not absolute`},
 		{"no time", swap(`600`, `0`), "ready_seconds is 0"},
 		{"more than an hour", swap(`600`, `3601`), "ready_seconds is 3601"},
-		{"fewer than no models", swap(`"models": {"min": 1`, `"models": {"min": -1`), "models -1 to 1"},
-		{"a range the wrong way round", swap(`"models": {"min": 1`, `"models": {"min": 2`), "models 2 to 1"},
+		{"no formats", swap(`["gguf"]`, `[]`), "formats: none"},
+		{"an unknown format", swap(`["gguf"]`, `["pickle"]`), `formats: "pickle"`},
+		{"a format twice", swap(`["gguf"]`, `["gguf", "gguf"]`), `formats: "gguf"`},
+		{"a range the wrong way round", swap(`"gpus": {"min": 0`, `"gpus": {"min": 2`), "2 to 0 is not a range"},
+		{"memory below none", swap(`"memory_mib": 128`, `"memory_mib": -1`), "memory_mib is -1"},
+		{"a cache between clients", swap(`"cache": "none"`, `"cache": "prefix"`), `cache is "prefix"`},
+		{"no status", swap(`"status": "tested"`, `"status": ""`), `status is ""`},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			_, err := Parse([]byte(tt.data))
@@ -245,7 +251,9 @@ func TestEngines(t *testing.T) {
 		if want := filepath.Base(filepath.Dir(path)); p.Name != want {
 			t.Errorf("%s: name %q", path, p.Name)
 		}
-		if _, _, err := p.Command(sample(nil), 2); err != nil {
+		m, c := sample(nil), *demo
+		m.GPUs, c.Format = p.Needs.GPUs.Min, p.Formats[0]
+		if _, _, err := p.Command(m, &c, 2); err != nil {
 			t.Error(err)
 		}
 	}
@@ -255,15 +263,15 @@ func TestEngines(t *testing.T) {
 // and each argument is whole.
 func FuzzParse(f *testing.F) {
 	f.Add(llama(f))
-	f.Add([]byte(`{"version":1,"name":"x","argv":[{"args":["/x","${n}"]}],"parameters":{"n":{"max":1}},"models":{"max":1},"health":"/","ready_seconds":1}`))
+	f.Add([]byte(`{"version":1,"name":"x","argv":[{"args":["/x","${n}"]}],"parameters":{"n":{"max":1}},"formats":["gguf"],"cache":"none","status":"tested","health":"/","ready_seconds":1}`))
 	f.Fuzz(func(t *testing.T, data []byte) {
 		p, err := Parse(data)
 		if err != nil {
 			return
 		}
-		argv, env, err := p.Command(sample(nil), 2)
+		argv, env, err := p.Command(sample(nil), demo, 2)
 		if err != nil {
-			return // another number of models
+			return // other models, or GPUs
 		}
 		if argv[0] != p.Argv[0].Args[0] || strings.ContainsRune(strings.Join(argv, "")+strings.Join(env, ""), 0) {
 			t.Errorf("%q, %q", argv, env)
@@ -276,7 +284,7 @@ func FuzzParse(f *testing.F) {
 			return
 		}
 		q := parse(t, again)
-		argv2, env2, _ := q.Command(sample(nil), 2)
+		argv2, env2, _ := q.Command(sample(nil), demo, 2)
 		if fmt.Sprint(argv, env) != fmt.Sprint(argv2, env2) {
 			t.Errorf("%q, %q once more: %q, %q", argv, env, argv2, env2)
 		}

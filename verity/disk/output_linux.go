@@ -1,6 +1,8 @@
 package disk
 
 import (
+	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -17,6 +19,7 @@ import (
 type output struct {
 	*os.File
 	path    string
+	keep    string // its name while it is unfinished and may be kept, or ""
 	replace bool   // path may be taken: what is there gives way to the whole file
 	temp    string // its name meanwhile, or "" with O_TMPFILE or after commit
 }
@@ -39,6 +42,91 @@ func createOutput(path string, replace bool) (*output, error) {
 		return nil, &fs.PathError{Op: "create a file in", Path: dir, Err: err}
 	}
 	return createNamed(path, replace)
+}
+
+// openOutput opens the disk to be made at path: without a name where nothing of
+// it is to be kept, or as the unfinished disk of this path, which may be there.
+func openOutput(path string, o Options) (*output, error) {
+	if o.Resume == "" && !o.KeepPartial {
+		return createOutput(path, o.Replace)
+	}
+	if _, err := os.Lstat(path); err == nil && !o.Replace {
+		return nil, exists(path)
+	} else if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	name := filepath.Join(filepath.Dir(path), "."+filepath.Base(path)+".partial")
+	f, err := os.OpenFile(name, os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o644)
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		return nil, errors.Join(fmt.Errorf("%s: another program is making this disk", name), f.Close())
+	}
+	// The one who held the lock may have given the file its name, or removed it.
+	if info, err := os.Lstat(name); err != nil || !sameFile(f, info) {
+		return nil, errors.Join(fmt.Errorf("%s: another program has just made this disk; run it again", name), f.Close())
+	}
+	out := &output{File: f, path: path, replace: o.Replace, temp: name, keep: name}
+	if o.Resume == "" {
+		if err := f.Truncate(0); err != nil {
+			return nil, errors.Join(err, out.discard())
+		}
+	}
+	return out, nil
+}
+
+func sameFile(f *os.File, info fs.FileInfo) bool {
+	own, err := f.Stat()
+	return err == nil && os.SameFile(own, info)
+}
+
+// end closes the file at the end of the work, and decides what is left of it.
+func (o *output) end(ctx context.Context, err error, options Options) error {
+	if o.temp != "" && err != nil && o.keep != "" && (options.KeepPartial || ctx.Err() != nil) {
+		return o.Close()
+	}
+	return o.discard()
+}
+
+// room checks that a file of size bytes will fit before anything is written.
+func (o *output) room(size int64) error {
+	var st unix.Statfs_t
+	if err := unix.Fstatfs(int(o.Fd()), &st); err != nil {
+		return &fs.PathError{Op: "free space of", Path: o.path, Err: err}
+	}
+	var own unix.Stat_t // what an unfinished disk has already
+	if err := unix.Fstat(int(o.Fd()), &own); err != nil {
+		return &fs.PathError{Op: "stat", Path: o.path, Err: err}
+	}
+	if free := int64(st.Bavail)*st.Bsize + own.Blocks*512; free < size {
+		return fmt.Errorf("%s: %w: the disk takes %d bytes, there is room for %d; make room or choose another place", o.path, unix.ENOSPC, size, free)
+	}
+	return nil
+}
+
+// explain adds what a user can do to an error that comes from a full disk.
+func (o *output) explain(err error, size int64) error {
+	if !errors.Is(err, unix.ENOSPC) {
+		return err
+	}
+	needs := ""
+	if size > 0 {
+		needs = fmt.Sprintf(" of %d bytes", size)
+	}
+	return fmt.Errorf("the file system is full before the disk%s was whole: %w; make room or choose another place, then run it again", needs, err)
+}
+
+// temporary returns an empty file beside path that no name leads to.
+func temporary(path string) (*os.File, error) {
+	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+".*")
+	if err != nil {
+		return nil, err
+	}
+	if err := os.Remove(f.Name()); err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	return f, nil
 }
 
 func createNamed(path string, replace bool) (*output, error) {
@@ -93,5 +181,30 @@ func (o *output) discard() error {
 	if o.temp != "" {
 		err = errors.Join(err, os.Remove(o.temp))
 	}
+	if o.keep != "" {
+		if e := os.Remove(o.keep + journalSuffix); !errors.Is(e, fs.ErrNotExist) {
+			err = errors.Join(err, e)
+		}
+	}
 	return err
+}
+
+// FragmentSuffix is what the name of a disk's fragment has behind the disk's own.
+const FragmentSuffix = ".json"
+
+// WriteFragment writes what is to be known of the disk at path to a file beside it,
+// in whose place it comes as a whole.
+func WriteFragment(path string, v any) error {
+	data, err := json.MarshalIndent(v, "", "  ")
+	if err != nil {
+		return err
+	}
+	f, err := createNamed(path+FragmentSuffix, true)
+	if err != nil {
+		return err
+	}
+	if _, err = f.Write(append(data, '\n')); err == nil {
+		err = f.commit()
+	}
+	return errors.Join(err, f.discard())
 }

@@ -7,7 +7,7 @@ const client = new OpenAI({ baseURL: process.argv[2], apiKey: "none", maxRetries
 
 const models = [];
 for await (const model of client.models.list()) models.push(model.id);
-assert.deepEqual(models, ["chrysalis/demo"]);
+assert.deepEqual(models, ["chrysalis/demo@1"]);
 
 const ask = { model: models[0], temperature: 0, max_tokens: 96,
   messages: [{ role: "user", content: "Who can read my prompt?" }] };
