@@ -2,8 +2,10 @@
 #
 #   make demo    from nothing to an answer out of a VM
 #   make test    every test, those in real VMs included
-#   make image   the UKI, the engine disk and the demo model's disk, in out/
+#   make image   the UKI, the disks and their manifest, in out/
+#   make release the same, and their hashes, in release.json, to be committed
 #   make repro   two builds in different conditions, compared bit for bit
+#   make contract the contracts' code, from their source
 #   make bench   the figures of docs/performance.md
 #   make lint    formatting, vet and static checks
 #   make clean   what make made in this folder; caches stay
@@ -14,7 +16,7 @@ mirrors = $(foreach m,$(MIRROR),--mirror $(m))
 
 chrysalis = bin/chrysalis
 
-.PHONY: demo test image repro bench lint clean deps test-deps
+.PHONY: demo test image release repro contract bench lint clean deps test-deps
 
 deps:
 	@ci/install-deps build
@@ -29,8 +31,11 @@ $(chrysalis): deps
 
 image: $(chrysalis)
 	@$(chrysalis) image build $(mirrors)
-	@$(chrysalis) image build --profile debug $(mirrors) >/dev/null
-	@$(chrysalis) model pack models/demo/demo.gguf --name chrysalis/demo --revision 1 --force -o out/demo.disk
+	@$(chrysalis) image build --profile debug --image-only $(mirrors) >/dev/null
+
+release: $(chrysalis)
+	@$(chrysalis) image build $(mirrors)
+	@$(chrysalis) image release
 
 demo: image
 	@ci/demo
@@ -38,11 +43,14 @@ demo: image
 test: test-deps image
 	@ci/test
 
+contract: test-deps
+	@ci/contract write
+
 repro: deps
 	@ci/repro
 
 bench: image
-	@$(chrysalis) image build --profile bench $(mirrors) >/dev/null
+	@$(chrysalis) image build --profile bench --image-only $(mirrors) >/dev/null
 	@go run ./ci/bench
 
 lint: deps

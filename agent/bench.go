@@ -26,7 +26,7 @@ func init() {
 
 // benchBody is the request, as the agent would forward it.
 const benchBody = `{"cache_prompt":false,"max_tokens":64,"messages":[{"role":"user","content":"Who can read my prompt?"}],` +
-	`"model":"chrysalis/demo","stream":true,"temperature":0}`
+	`"model":"chrysalis/demo","stream":true,"stream_options":{"include_usage":true},"temperature":0}`
 
 const benchRuns, benchWarmUp = 11, 5
 

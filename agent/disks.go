@@ -14,12 +14,14 @@ import (
 	"chrysalis/guest"
 	"chrysalis/image/profile"
 	"chrysalis/manifest"
+	"chrysalis/measure/cel"
 	"chrysalis/models/card"
 	"chrysalis/verity"
 	"chrysalis/verity/gpt"
 )
 
-// readManifest takes the manifest from the one disk that carries one.
+// readManifest takes the manifest from the one disk that carries one, and measures
+// it.
 func (a *agent) readManifest(context.Context) error {
 	disks, err := blockDevices()
 	if err != nil {
@@ -40,8 +42,19 @@ func (a *agent) readManifest(context.Context) error {
 	if found == nil {
 		return fmt.Errorf("none of %d disks carries a manifest", len(disks))
 	}
-	a.manifest, err = manifest.Parse(found)
-	return because(guest.ReasonManifestInvalid, err)
+	return a.takeManifest(found)
+}
+
+// takeManifest checks a manifest and measures it.
+func (a *agent) takeManifest(found []byte) (err error) {
+	if a.manifest, err = manifest.Parse(found); err != nil {
+		return because(guest.ReasonManifestInvalid, err)
+	}
+	if err := a.platform.CheckManifest(found); err != nil {
+		return because(guest.ReasonManifestOther, err)
+	}
+	a.encoded = found
+	return a.record(cel.ManifestEvent(found))
 }
 
 func readManifestDisk(path string) ([]byte, error) {
@@ -57,14 +70,21 @@ func readManifestDisk(path string) ([]byte, error) {
 	return gpt.ReadManifestDisk(f, size)
 }
 
-// openDisks activates and mounts the engine disk and the model disks, and
-// watches them from then on.
-func (a *agent) openDisks(ctx context.Context) (err error) {
-	if a.engine, err = a.openDisk("engine", a.manifest.Engine); err != nil {
+// openDisks measures, activates and mounts the engine disk and the model disks,
+// and watches them from then on.
+func (a *agent) openDisks(ctx context.Context) error {
+	event, err := cel.EngineEvent(a.manifest.Engine)
+	if err != nil {
+		return err
+	}
+	if a.engine, err = a.openDisk("engine", a.manifest.Engine, event); err != nil {
 		return fmt.Errorf("engine disk: %w", err)
 	}
 	for i, m := range a.manifest.Models {
-		path, err := a.openDisk(fmt.Sprintf("model-%d", i), m.Disk)
+		if event, err = cel.ModelEvent(m); err != nil {
+			return err
+		}
+		path, err := a.openDisk(fmt.Sprintf("model-%d", i), m.Disk, event)
 		if err != nil {
 			return fmt.Errorf("model disk %s: %w", m.ID(), err)
 		}
@@ -120,8 +140,12 @@ func readCard(path string, m manifest.Model) (*card.Card, error) {
 	return c, nil
 }
 
-// openDisk finds a disk by its root hash and mounts it; it returns where.
-func (a *agent) openDisk(name string, d manifest.Disk) (string, error) {
+// openDisk records an event, then finds a disk by its root hash and mounts it; it
+// returns where.
+func (a *agent) openDisk(name string, d manifest.Disk, event cel.Event) (string, error) {
+	if err := a.record(event); err != nil {
+		return "", err
+	}
 	root, err := verity.ParseRootHash(d.RootHash)
 	if err != nil {
 		return "", err

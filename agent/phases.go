@@ -2,6 +2,8 @@ package main
 
 import (
 	"context"
+	"crypto/ed25519"
+	"crypto/rand"
 	"crypto/tls"
 	"errors"
 	"fmt"
@@ -13,10 +15,14 @@ import (
 	"time"
 
 	"chrysalis/agent/api"
+	"chrysalis/agent/platform"
 	"chrysalis/agent/port"
+	"chrysalis/agent/proof"
+	"chrysalis/attest/evidence"
 	"chrysalis/guest"
 	"chrysalis/image/profile"
 	"chrysalis/manifest"
+	"chrysalis/measure/cel"
 	"chrysalis/verity"
 )
 
@@ -53,7 +59,9 @@ type agent struct {
 	counters api.Counters
 
 	image     imageInfo          // mounts
-	platform  platform           // platform
+	platform  platform.Platform  // platform
+	events    []cel.Event        // manifest, disks, lockdown: what has been measured
+	encoded   []byte             // manifest: as it was read
 	manifest  *manifest.Manifest // manifest
 	engine    string             // disks: mount point of the engine disk
 	models    []model            // disks
@@ -65,6 +73,8 @@ type agent struct {
 	engineLog port.Log           // engine: its output
 	status    *port.Status       // modules: the status port
 	identity  tls.Certificate    // identity
+	receipts  ed25519.PrivateKey // identity
+	prover    *proof.Prover      // identity
 	server    *api.Server        // serve
 }
 
@@ -154,12 +164,6 @@ func (a *agent) openStatus() error {
 	return nil
 }
 
-// findPlatform finds what evidence will come from.
-func (a *agent) findPlatform(context.Context) (err error) {
-	a.platform, err = findPlatform()
-	return err
-}
-
 // checkGPUs compares the GPUs that are there with the manifest.
 func (a *agent) checkGPUs(context.Context) error {
 	if a.gpus != a.manifest.GPUs {
@@ -171,14 +175,37 @@ func (a *agent) checkGPUs(context.Context) error {
 	return nil
 }
 
-// lockDown closes the kernel before anything runs that the client's policy has
-// not measured into the image.
-func (a *agent) lockDown(context.Context) error { return lockDown() }
+// lockDown closes the kernel and the log of events before anything runs that the
+// client's policy has not measured into the image.
+func (a *agent) lockDown(context.Context) error {
+	if err := lockDown(); err != nil {
+		return err
+	}
+	return a.closeLog()
+}
 
-// makeIdentity makes the TLS key, which never leaves the VM.
+// makeIdentity makes the keys, which never leave the VM, and prepares the
+// evidence that they are the VM's.
 func (a *agent) makeIdentity(context.Context) (err error) {
-	a.identity, err = newIdentity()
-	return err
+	if a.identity, err = newIdentity(); err != nil {
+		return err
+	}
+	var receiptKey ed25519.PublicKey
+	if receiptKey, a.receipts, err = ed25519.GenerateKey(rand.Reader); err != nil {
+		return fmt.Errorf("make the receipt key: %w", err)
+	}
+	log, err := cel.Encode(a.platform.Register(), a.events)
+	if err != nil {
+		return err
+	}
+	a.prover = proof.New(evidence.Document{
+		Version:    evidence.Version,
+		TLSKey:     a.identity.Leaf.RawSubjectPublicKeyInfo,
+		ReceiptKey: evidence.Bytes(receiptKey),
+		Manifest:   a.encoded,
+		CEL:        log,
+	}, a.platform.Prove)
+	return nil
 }
 
 // serve opens the ports for clients and for the host's requests.
@@ -198,9 +225,13 @@ func (a *agent) serve(context.Context) error {
 	a.server = api.New(api.Config{
 		Models:      a.manifest.Models,
 		Limits:      a.manifest.Limits,
+		Tokens:      a.manifest.Tokens,
 		Certificate: a.identity,
+		ReceiptKey:  a.receipts,
+		Manifest:    manifest.SHA384(a.encoded),
 		Engine:      func(ctx context.Context, model int) (net.Conn, error) { return a.children[model].dial(ctx) },
 		Ready:       func() bool { return a.alive.Err() == nil && a.anyReady() },
+		Evidence:    a.prover.Evidence,
 		FirstClient: a.status.CloseLog,
 		Counters:    &a.counters,
 	})

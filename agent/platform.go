@@ -1,19 +1,15 @@
 package main
 
 import (
-	"errors"
+	"context"
 	"fmt"
 	"os"
 	"slices"
 	"strings"
-)
 
-// platform is what evidence comes from.
-type platform string
-
-const (
-	platformTDX platform = "tdx"
-	platformTPM platform = "tpm"
+	"chrysalis/agent/platform"
+	"chrysalis/guest"
+	"chrysalis/measure/cel"
 )
 
 // hasTDX reports whether the CPU says that this is a TD. The kernel asks CPUID
@@ -32,20 +28,35 @@ func tdxFlag(cpuinfo string) bool {
 	return false
 }
 
-// findPlatform chooses the platform. In a TD the host's TPM is never looked at:
-// it is the host's.
-func findPlatform() (platform, error) {
-	if hasTDX() {
-		if _, err := os.Stat("/dev/tdx_guest"); err != nil {
-			return "", fmt.Errorf("the CPU says TDX, but its device is not there: %w", err)
+// findPlatform finds what evidence will come from.
+func (a *agent) findPlatform(context.Context) (err error) {
+	tdx := hasTDX()
+	if tdx {
+		if err := configfs.do(); err != nil {
+			return err
 		}
-		return platformTDX, nil
 	}
-	version := attribute("/sys/class/tpm/tpm0", "tpm_version_major")
-	if version != "2" {
-		return "", errors.New("there is neither TDX nor a TPM 2.0")
+	a.platform, err = platform.Open("/", tdx)
+	return err
+}
+
+// record measures an event. Whoever calls it uses what the event names only
+// afterwards.
+func (a *agent) record(e cel.Event) error {
+	if err := a.platform.Extend(e); err != nil {
+		return because(guest.ReasonPlatform, fmt.Errorf("measure the event %s: %w", e.Name, err))
 	}
-	return platformTPM, nil
+	a.events = append(a.events, e)
+	return nil
+}
+
+// closeLog measures the separator, after which nothing is measured any more, and
+// makes sure that the log is what the register holds.
+func (a *agent) closeLog() error {
+	if err := a.record(cel.SeparatorEvent()); err != nil {
+		return err
+	}
+	return because(guest.ReasonPlatform, a.platform.Holds(a.events))
 }
 
 // residentMemory returns a process's resident memory and its peak, in KiB.

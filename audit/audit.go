@@ -14,6 +14,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
@@ -22,6 +23,7 @@ import (
 	"chrysalis/image"
 	"chrysalis/image/inspect"
 	"chrysalis/image/provenance"
+	"chrysalis/image/release"
 )
 
 // BundleName is what a release calls its bundle, if it has one.
@@ -42,6 +44,8 @@ type Auditor struct {
 	Build func(ctx context.Context, dir string, p provenance.Parameters) (provenance.Build, error)
 	// Bundle writes the bundle of the source tree's lock.
 	Bundle func(ctx context.Context, path string) error
+	// Keep is a folder for what is built, which stays; "" for a temporary one.
+	Keep string
 }
 
 // A Report is what an audit found. Its JSON form is part of the command line's
@@ -52,12 +56,24 @@ type Report struct {
 	Checks []provenance.Check `json:"checks"`
 }
 
-// A release is a folder with one build's files.
-type release struct {
-	dir       string
-	statement *provenance.Statement
-	lock      *image.Lock
-	bundle    bool
+// A folder is a release: the files of one build, or of several of one commit, of
+// which each has a statement.
+type folder struct {
+	dir        string
+	statements []*provenance.Statement
+	lock       *image.Lock
+	bundle     bool
+}
+
+// subjects are the names of the files that statements are about, each once,
+// sorted.
+func (f *folder) subjects() []string {
+	var names []string
+	for _, s := range f.statements {
+		names = append(names, s.Parameters().Subjects()...)
+	}
+	slices.Sort(names)
+	return slices.Compact(names)
 }
 
 // Audit checks the release in a folder. An error means that the folder is no
@@ -67,22 +83,73 @@ func (a *Auditor) Audit(ctx context.Context, dir string) (*Report, error) {
 	if err != nil {
 		return nil, err
 	}
-	r := &Report{}
-	r.Commit, _ = rel.statement.Commit()
-	if r.Checks, err = rel.statement.CheckFiles(dir); err != nil {
+	made, done, err := a.workspace()
+	if err != nil {
 		return nil, err
 	}
-	r.add(rel.statement.CheckLock(rel.lock, "the one that the provenance names"))
+	defer done()
+	r := &Report{}
+	r.Commit, _ = rel.statements[0].Commit()
+	for _, s := range rel.statements {
+		checks, err := s.CheckFiles(dir)
+		if err != nil {
+			return nil, err
+		}
+		r.Checks = append(r.Checks, checks...)
+		r.add(s.CheckLock(rel.lock, "the one that the provenance names"))
+	}
+	r.Checks = once(r.Checks)
 	sameSource, err := a.checkSource(ctx, r, rel)
 	if err != nil {
 		return nil, err
 	}
-	if err := a.rebuild(ctx, r, rel, sameSource); err != nil {
+	if sameSource {
+		err = a.rebuild(ctx, r, rel, made)
+	} else {
+		skip(r, rel)
+	}
+	if err != nil {
 		return nil, err
 	}
-	r.add(provenance.Check{What: "measurement record", Result: provenance.None, Detail: "no record in the release"})
 	r.OK = provenance.Passed(r.Checks)
 	return r, nil
+}
+
+// workspace is the folder for what is built.
+func (a *Auditor) workspace() (dir string, done func(), err error) {
+	if a.Keep == "" {
+		dir, err = os.MkdirTemp("", "chrysalis-audit-")
+		return dir, func() { os.RemoveAll(dir) }, err
+	}
+	source, errSource := filepath.Abs(a.Source)
+	dir, errDir := filepath.Abs(a.Keep)
+	if err := errors.Join(errSource, errDir); err != nil {
+		return "", nil, err
+	}
+	if rel, err := filepath.Rel(source, dir); err == nil && filepath.IsLocal(rel) {
+		return "", nil, fmt.Errorf("%s is in the working tree, and would count as a change of it; keep what is built elsewhere", a.Keep)
+	}
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return "", nil, fmt.Errorf("make the folder to keep what is built: %w", err)
+	}
+	if entries, err := os.ReadDir(dir); err != nil || len(entries) > 0 {
+		return "", nil, fmt.Errorf("%s is not an empty folder; name one, or one that is not there yet", a.Keep)
+	}
+	return dir, func() {}, nil
+}
+
+// once drops checks that were made twice with one result, because two builds of a
+// release share a file.
+func once(checks []provenance.Check) []provenance.Check {
+	var kept []provenance.Check
+	for _, c := range checks {
+		if !slices.ContainsFunc(kept, func(k provenance.Check) bool {
+			return k.What == c.What && k.Result == c.Result && k.Detail == c.Detail
+		}) {
+			kept = append(kept, c)
+		}
+	}
+	return kept
 }
 
 func (r *Report) add(c provenance.Check) { r.Checks = append(r.Checks, c) }
@@ -99,13 +166,13 @@ func (r *Report) check(what, detail string) bool {
 
 // openRelease reads what a folder says it is. A file too many or too few is an
 // error: nobody would look at it, or nothing stand for it.
-func openRelease(dir string) (*release, error) {
-	folder, err := os.Open(dir)
+func openRelease(dir string) (*folder, error) {
+	opened, err := os.Open(dir)
 	if err != nil {
 		return nil, fmt.Errorf("open the release: %w", err)
 	}
-	defer folder.Close()
-	entries, err := folder.ReadDir(maxFiles + 1)
+	defer opened.Close()
+	entries, err := opened.ReadDir(maxFiles + 1)
 	if err != nil && !errors.Is(err, io.EOF) {
 		return nil, fmt.Errorf("read the release: %w; give the folder that holds its files", err)
 	}
@@ -123,15 +190,25 @@ func openRelease(dir string) (*release, error) {
 		}
 	}
 	slices.Sort(names)
-	if len(statements) != 1 {
-		return nil, fmt.Errorf("%s has %d files *%s, and a release has one", dir, len(statements), provenance.StatementSuffix)
+	if len(statements) == 0 {
+		return nil, fmt.Errorf("%s has no file *%s, and so is no release; 'chrysalis image build' writes one where the source tree is as in its commit", dir, provenance.StatementSuffix)
 	}
-	rel := &release{dir: dir}
-	if rel.statement, err = provenance.ReadStatement(filepath.Join(dir, statements[0])); err != nil {
-		return nil, err
+	slices.Sort(statements)
+	rel := &folder{dir: dir}
+	want := []string{image.LockName}
+	for _, name := range statements {
+		s, err := provenance.ReadStatement(filepath.Join(dir, name))
+		if err != nil {
+			return nil, err
+		}
+		rel.statements = append(rel.statements, s)
+		commit, _ := s.Commit()
+		if first, _ := rel.statements[0].Commit(); commit != first {
+			return nil, fmt.Errorf("%s is about commit %s, and %s about %s; a release is of one commit", statements[0], first, name, commit)
+		}
+		p := s.Parameters()
+		want = append(append(want, p.Statement()), p.Subjects()...)
 	}
-	p := rel.statement.Parameters()
-	want := append(p.Subjects(), p.Statement(), image.LockName)
 	for _, name := range want {
 		if !slices.Contains(names, name) {
 			return nil, fmt.Errorf("the release lacks %s, which its provenance calls for", name)
@@ -156,14 +233,14 @@ func openRelease(dir string) (*release, error) {
 
 // checkSource compares the working tree with what the release says it was built
 // from.
-func (a *Auditor) checkSource(ctx context.Context, r *Report, rel *release) (bool, error) {
+func (a *Auditor) checkSource(ctx context.Context, r *Report, rel *folder) (bool, error) {
 	source, err := provenance.ReadSource(ctx, a.Source)
 	if err != nil {
 		return false, fmt.Errorf("%w; audit in a clone of the repository", err)
 	}
-	commit, dirty := rel.statement.Commit()
+	commit, _ := rel.statements[0].Commit()
 	detail := ""
-	if dirty {
+	if slices.ContainsFunc(rel.statements, func(s *provenance.Statement) bool { _, dirty := s.Commit(); return dirty }) {
 		detail = "its provenance says that it was built from files that are not those of the commit: nobody can build it again"
 	}
 	same := r.check("release is built from a commit as it is", detail)
@@ -191,36 +268,35 @@ func (a *Auditor) checkSource(ctx context.Context, r *Report, rel *release) (boo
 	return r.check(image.LockName+" is the working tree's", detail) && same, nil
 }
 
-// rebuild builds all that the release has and compares it.
-func (a *Auditor) rebuild(ctx context.Context, r *Report, rel *release, sameSource bool) error {
-	p := rel.statement.Parameters()
-	what := func(name string) string { return name + " is what the working tree makes" }
-	if !sameSource {
-		names := p.Subjects()
-		if rel.bundle {
-			names = append(names, BundleName)
-		}
-		for _, name := range names {
-			r.add(provenance.Check{What: what(name), Result: provenance.None, Detail: "not built: the source is another"})
-		}
-		return nil
+// builds is the check of one rebuilt file.
+func builds(name string) string { return name + " is what the working tree makes" }
+
+// skip notes what is not built because the source is another.
+func skip(r *Report, rel *folder) {
+	names := rel.subjects()
+	if rel.bundle {
+		names = append(names, BundleName)
 	}
-	dir, err := os.MkdirTemp("", "chrysalis-audit-")
-	if err != nil {
-		return err
+	for _, name := range names {
+		r.add(provenance.Check{What: builds(name), Result: provenance.None, Detail: "not built: the source is another"})
 	}
-	defer os.RemoveAll(dir)
-	made, err := a.Build(ctx, dir, p)
-	if err != nil {
-		return fmt.Errorf("build the release again: %w", err)
-	}
+}
+
+// rebuild builds all that the release has into a folder and compares it.
+func (a *Auditor) rebuild(ctx context.Context, r *Report, rel *folder, dir string) error {
 	detail := ""
-	if is := rel.statement.Predicate.RunDetails.Builder.Version.Tools; is != made.Tools {
-		detail = fmt.Sprintf("the release's is %s, the working tree's %s", is, made.Tools)
+	for _, s := range rel.statements {
+		made, err := a.Build(ctx, dir, s.Parameters())
+		if err != nil {
+			return fmt.Errorf("build the release again: %w", err)
+		}
+		if is := s.Predicate.RunDetails.Builder.Version.Tools; is != made.Tools {
+			detail = fmt.Sprintf("the release's is %s, the working tree's %s", is, made.Tools)
+		}
 	}
 	r.check("tools root is the working tree's", detail)
-	for _, name := range p.Subjects() {
-		c, err := compare(ctx, what(name), filepath.Join(rel.dir, name), filepath.Join(dir, name))
+	for _, name := range rel.subjects() {
+		c, err := compare(ctx, builds(name), filepath.Join(rel.dir, name), filepath.Join(dir, name))
 		if err != nil {
 			return err
 		}
@@ -231,22 +307,68 @@ func (a *Auditor) rebuild(ctx context.Context, r *Report, rel *release, sameSour
 		if err := a.Bundle(ctx, path); err != nil {
 			return fmt.Errorf("make the bundle again: %w", err)
 		}
-		c, err := compare(ctx, what(BundleName), filepath.Join(rel.dir, BundleName), path)
+		c, err := compare(ctx, builds(BundleName), filepath.Join(rel.dir, BundleName), path)
 		if err != nil {
 			return err
 		}
 		r.add(c)
 	}
+	c, err := a.checkExpected(rel)
+	if err != nil {
+		return err
+	}
+	r.add(c)
+	r.add(checkRecord(rel, dir))
 	after, err := provenance.ReadSource(ctx, a.Source)
 	if err != nil {
 		return err
 	}
 	detail = ""
-	if commit, _ := rel.statement.Commit(); after.Commit != commit || after.Dirty() {
+	if commit, _ := rel.statements[0].Commit(); after.Commit != commit || after.Dirty() {
 		detail = "it changed while the release was built again; repeat the audit"
 	}
 	r.check("working tree stayed as it was", detail)
 	return nil
+}
+
+// checkExpected compares the release with the hashes that its commit expects.
+func (a *Auditor) checkExpected(rel *folder) (provenance.Check, error) {
+	c := provenance.Check{What: release.Name + " of the working tree expects these artefacts", Result: provenance.Pass}
+	expected, err := release.Read(a.Source)
+	if errors.Is(err, fs.ErrNotExist) {
+		c.Result, c.Detail = provenance.None, "the commit has no "+release.Name
+		return c, nil
+	}
+	if err != nil {
+		return c, err
+	}
+	named := map[string]string{}
+	for _, s := range rel.statements {
+		for _, subject := range s.Subject {
+			named[subject.Name] = subject.Digest.SHA256
+		}
+	}
+	found := 0
+	for _, f := range expected.Artefacts {
+		switch sum, ok := named[f.Name]; {
+		case ok && sum != f.SHA256:
+			c.Result, c.Detail = provenance.Fail, fmt.Sprintf("of %s it expects the SHA-256 %s, the release's is %s", f.Name, f.SHA256, sum)
+			return c, nil
+		case ok:
+			found++
+		}
+	}
+	if found == 0 {
+		c.Result, c.Detail = provenance.None, "it is about none of them"
+	}
+	return c, nil
+}
+
+// checkRecord compares the release's measurement record with what is predicted
+// from the artefacts that were rebuilt into a folder. A release cannot carry one
+// yet: openRelease knows no name for it.
+func checkRecord(*folder, string) provenance.Check {
+	return provenance.Check{What: "measurement record", Result: provenance.None, Detail: "no record in the release"}
 }
 
 // compare says whether two files are the same and, if not, why.
@@ -262,7 +384,7 @@ func compare(ctx context.Context, what, released, made string) (provenance.Check
 	}
 	c.Result, c.Detail = provenance.Fail, fmt.Sprintf("the release's SHA-256 is %s, the rebuilt one's %s", a, b)
 	switch name := filepath.Base(released); {
-	case strings.HasSuffix(name, provenance.SBOMSuffix):
+	case strings.HasSuffix(name, provenance.SBOMSuffix), strings.HasSuffix(name, provenance.ManifestSuffix):
 		line, err := textDifference(released, made)
 		if err != nil {
 			return c, err
@@ -294,7 +416,13 @@ func textDifference(a, b string) (string, error) {
 		one, errOne := left.ReadString('\n')
 		other, errOther := right.ReadString('\n')
 		if one != other {
-			return fmt.Sprintf("line %d is %s in the release, %s in the rebuilt one", n, excerpt(one), excerpt(other)), nil
+			// A line may be very long: begin shortly before the difference.
+			at := 0
+			for at < len(one) && at < len(other) && one[at] == other[at] {
+				at++
+			}
+			at = max(0, at-40)
+			return fmt.Sprintf("line %d is %s in the release, %s in the rebuilt one", n, excerpt(one[at:]), excerpt(other[at:])), nil
 		}
 		if errOne != nil || errOther != nil {
 			return "", errors.New("two texts changed while they were compared")

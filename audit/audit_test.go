@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -15,6 +16,7 @@ import (
 	"chrysalis/image"
 	"chrysalis/image/imagetest"
 	"chrysalis/image/provenance"
+	"chrysalis/image/release"
 )
 
 const tools = "0123456789abcdef"
@@ -77,10 +79,25 @@ func commit(t *testing.T, dir string) provenance.Source {
 // publish makes a release with a build from a source tree in that state.
 func publish(t *testing.T, dir string, source provenance.Source, b func(context.Context, string, provenance.Parameters) (provenance.Build, error)) {
 	t.Helper()
-	p, err := provenance.NewParameters("", []string{"llama.cpp"})
+	p, err := provenance.NewParameters("", []string{"llama.cpp"}, []string{"demo"})
 	if err != nil {
 		t.Fatal(err)
 	}
+	publishBuild(t, dir, source, p, b)
+}
+
+// publishProfile adds the image of a profile to a release.
+func publishProfile(t *testing.T, dir string, source provenance.Source, profile string) {
+	t.Helper()
+	p, err := provenance.NewParameters(profile, nil, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	publishBuild(t, dir, source, p, fake)
+}
+
+func publishBuild(t *testing.T, dir string, source provenance.Source, p provenance.Parameters, b func(context.Context, string, provenance.Parameters) (provenance.Build, error)) {
+	t.Helper()
 	made, err := b(t.Context(), dir, p)
 	if err != nil {
 		t.Fatal(err)
@@ -135,9 +152,74 @@ func TestAudit(t *testing.T) {
 	if !r.OK || len(failures(r)) != 0 || len(r.Commit) != 40 {
 		t.Errorf("%+v", r)
 	}
-	last := r.Checks[len(r.Checks)-1]
-	if last.Result != provenance.None || last.Detail != "no record in the release" {
-		t.Errorf("about a record it says %+v", last)
+	for _, want := range []string{"no record in the release", "the commit has no release.json"} {
+		if !slices.ContainsFunc(r.Checks, func(c provenance.Check) bool { return c.Result == provenance.None && c.Detail == want }) {
+			t.Errorf("it does not say %q: %+v", want, r.Checks)
+		}
+	}
+	for _, name := range []string{"chrysalis.efi", "llama.cpp.disk", "demo.disk", "llama.cpp.manifest.json", "llama.cpp.disk.cdx.json"} {
+		if !slices.ContainsFunc(r.Checks, func(c provenance.Check) bool {
+			return c.Result == provenance.Pass && c.What == name+" is what the working tree makes"
+		}) {
+			t.Errorf("%s is not compared with a rebuilt one", name)
+		}
+	}
+}
+
+// What 'make image' leaves is the published image's build and another profile's.
+func TestAuditProfiles(t *testing.T) {
+	w := newWorld(t)
+	source, err := provenance.ReadSource(t.Context(), w.source)
+	if err != nil {
+		t.Fatal(err)
+	}
+	publishProfile(t, w.release, source, "debug")
+	r, err := w.auditor.Audit(t.Context(), w.release)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !r.OK {
+		t.Errorf("these fail: %q", failures(r))
+	}
+	seen := map[string]bool{}
+	for _, c := range r.Checks {
+		if seen[c.What] {
+			t.Errorf("%q is there twice", c.What)
+		}
+		seen[c.What] = true
+	}
+	if !seen["chrysalis-debug.efi is what the working tree makes"] {
+		t.Error("the other profile's image is not compared")
+	}
+	write(t, w.file("chrysalis-debug.efi"), "MZ other")
+	if r, err = w.auditor.Audit(t.Context(), w.release); err != nil || r.OK {
+		t.Errorf("an altered one passes (%v)", err)
+	}
+}
+
+func TestKeep(t *testing.T) {
+	w := newWorld(t)
+	w.auditor.Keep = filepath.Join(t.TempDir(), "kept")
+	for range 2 {
+		r, err := w.auditor.Audit(t.Context(), w.release)
+		if err == nil && !r.OK {
+			t.Fatalf("these fail: %q", failures(r))
+		}
+		if data, _ := os.ReadFile(filepath.Join(w.auditor.Keep, "chrysalis.efi")); string(data) != "MZ chrysalis.efi" {
+			t.Fatalf("it keeps %q (%v)", data, err)
+		}
+		if err != nil {
+			if !strings.Contains(err.Error(), "is not an empty folder") {
+				t.Errorf("the second time it says %v", err)
+			}
+			break
+		}
+	}
+	for _, dir := range []string{w.source, filepath.Join(w.source, "kept")} {
+		w.auditor.Keep = dir
+		if _, err := w.auditor.Audit(t.Context(), w.release); err == nil || !strings.Contains(err.Error(), "is in the working tree") {
+			t.Errorf("%s: it says %v", dir, err)
+		}
 	}
 }
 
@@ -177,6 +259,21 @@ func TestAuditFails(t *testing.T) {
 				return b, err
 			}
 		}, "tools root is the working tree's: the release's is 0123456789abcdef"},
+		{"manifest of other disks", func(t *testing.T, w *world) {
+			source, _ := provenance.ReadSource(t.Context(), w.source)
+			publish(t, w.release, source, func(ctx context.Context, dir string, p provenance.Parameters) (provenance.Build, error) {
+				b, err := fake(ctx, dir, p)
+				write(t, filepath.Join(dir, "llama.cpp.manifest.json"), "MZ llama.cpp.manifest.jsom")
+				return b, err
+			})
+		}, `llama.cpp.manifest.json is what the working tree makes: the release's SHA-256`},
+		{"other hashes than the commit expects", func(t *testing.T, w *world) {
+			expected := &release.Release{Version: 1, Artefacts: []release.File{{Name: "demo.disk", SHA256: strings.Repeat("0", 64)}}}
+			if err := expected.Write(w.source); err != nil {
+				t.Fatal(err)
+			}
+			publish(t, w.release, commit(t, w.source), fake)
+		}, "release.json of the working tree expects these artefacts: of demo.disk it expects the SHA-256 000"},
 		{"other bundle", func(t *testing.T, w *world) { write(t, w.file(audit.BundleName), "bungle") },
 			audit.BundleName + " is what the working tree makes: "},
 		{"working tree at another commit", func(t *testing.T, w *world) {
@@ -231,8 +328,11 @@ func TestAuditRefuses(t *testing.T) {
 		{"artefact missing", func(t *testing.T, w *world) { os.Remove(w.file("llama.cpp.disk")) }, "lacks llama.cpp.disk"},
 		{"SBOM missing", func(t *testing.T, w *world) { os.Remove(w.file("llama.cpp.disk.cdx.json")) }, "lacks llama.cpp.disk.cdx.json"},
 		{"lock missing", func(t *testing.T, w *world) { os.Remove(w.file(image.LockName)) }, "lacks image.lock"},
-		{"provenance missing", func(t *testing.T, w *world) { os.Remove(w.file("chrysalis.provenance.json")) }, "has 0 files"},
-		{"two provenances", func(t *testing.T, w *world) { write(t, w.file("x.provenance.json"), "") }, "has 2 files"},
+		{"provenance missing", func(t *testing.T, w *world) { os.Remove(w.file("chrysalis.provenance.json")) }, "and so is no release"},
+		{"another provenance that is none", func(t *testing.T, w *world) { write(t, w.file("x.provenance.json"), "") }, "not a provenance statement"},
+		{"provenance of another commit", func(t *testing.T, w *world) {
+			publishProfile(t, w.release, provenance.Source{Commit: strings.Repeat("c", 40)}, "debug")
+		}, "a release is of one commit"},
 		{"provenance of another name", func(t *testing.T, w *world) {
 			os.Rename(w.file("chrysalis.provenance.json"), w.file("x.provenance.json"))
 		}, "lacks chrysalis.provenance.json"},
@@ -308,14 +408,16 @@ func TestAuditImage(t *testing.T) {
 	quiet := func(string, int64, int64) {}
 	built := ""
 	maker := func(source string) func(context.Context, string, provenance.Parameters) (provenance.Build, error) {
-		return func(ctx context.Context, dir string, p provenance.Parameters) (provenance.Build, error) {
-			built = dir
-			return provenance.Make(ctx, &image.Builder{Source: source, Out: dir, Progress: quiet}, p)
+		return func(ctx context.Context, out string, p provenance.Parameters) (provenance.Build, error) {
+			built = out
+			return provenance.Make(ctx, &image.Builder{Source: source, Out: out, Progress: quiet}, p)
 		}
 	}
-	release, source, clone := t.TempDir(), copyCheckout(t), filepath.Join(t.TempDir(), "elsewhere")
-	publish(t, release, commit(t, source), maker(source))
-	if built != release {
+	dir, source, clone := t.TempDir(), copyCheckout(t), filepath.Join(t.TempDir(), "elsewhere")
+	// Whether the hashes are those that the source expects is ci/repro's to say.
+	os.Remove(filepath.Join(source, release.Name))
+	publish(t, dir, commit(t, source), maker(source))
+	if built != dir {
 		t.Fatal("the release was not built")
 	}
 	if out, err := exec.Command("git", "clone", "-q", source, clone).CombinedOutput(); err != nil {
@@ -326,15 +428,15 @@ func TestAuditImage(t *testing.T) {
 		made, err := maker(clone)(ctx, dir, p)
 		return made, errors.Join(err, os.CopyFS(kept, os.DirFS(dir)))
 	}}
-	r, err := a.Audit(t.Context(), release)
+	r, err := a.Audit(t.Context(), dir)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if !r.OK || built == release {
+	if !r.OK || built == dir {
 		t.Fatalf("it is not the same: %q", failures(r))
 	}
 
-	uki := filepath.Join(release, "chrysalis.efi")
+	uki := filepath.Join(dir, "chrysalis.efi")
 	data, err := os.ReadFile(uki)
 	if err != nil {
 		t.Fatal(err)
@@ -349,7 +451,7 @@ func TestAuditImage(t *testing.T) {
 		return provenance.Build{Parameters: p, Lock: lock, Tools: filepath.Base(imagetest.Tools(t).Dir)},
 			errors.Join(err, os.CopyFS(dir, os.DirFS(kept)))
 	}
-	if r, err = a.Audit(t.Context(), release); err != nil {
+	if r, err = a.Audit(t.Context(), dir); err != nil {
 		t.Fatal(err)
 	}
 	got := failures(r)

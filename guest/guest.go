@@ -60,6 +60,7 @@ const (
 	ReasonPlatform        Reason = "platform-failed"  // neither TDX nor a TPM, or one that does not work
 	ReasonManifestMissing Reason = "manifest-missing" // no disk carries a manifest, or several do
 	ReasonManifestInvalid Reason = "manifest-invalid" // the manifest is not canonical, complete and in bounds
+	ReasonManifestOther   Reason = "manifest-other"   // the manifest is not the one that the platform says the VM was started for
 	ReasonDiskMissing     Reason = "disk-missing"     // no disk has a root hash that the manifest names
 	ReasonDiskCorrupt     Reason = "disk-corrupt"     // a block does not match its root hash
 	ReasonDiskFormat      Reason = "disk-format"      // a verified disk does not hold what it should
@@ -101,6 +102,7 @@ var explanations = map[Reason]string{
 	ReasonPlatform:        "the VM has neither TDX nor a working TPM",
 	ReasonManifestMissing: "no attached disk, or more than one, carries a manifest",
 	ReasonManifestInvalid: "the manifest is not canonical JSON, has an unknown, missing or repeated field, or a value out of bounds",
+	ReasonManifestOther:   "the manifest is not the one that the TD was started for (MRCONFIGID); start the VM with the launcher, or with the manifest's SHA-384 as MRCONFIGID",
 	ReasonDiskMissing:     "no attached disk has a root hash that the manifest names; attach the engine and model disks that it was made for",
 	ReasonDiskCorrupt:     "a disk's content does not match its root hash; fetch or pack it again",
 	ReasonDiskFormat:      "a disk is authentic but does not hold an engine or a model; pack it with this version's tools",

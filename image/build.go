@@ -5,8 +5,10 @@ import (
 	"context"
 	"fmt"
 	"io/fs"
+	"net/url"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"chrysalis/image/toolsroot"
@@ -232,7 +234,7 @@ func BuildAgent(ctx context.Context, source string, lock Go, zips []string, out,
 	if err := stageModules(proxy, lock, zips); err != nil {
 		return fmt.Errorf("lay out the agent's modules: %w", err)
 	}
-	env := goEnv("GOMODCACHE="+filepath.Join(dir, "cache"), "GOPROXY=file://"+proxy, "GOSUMDB=off",
+	env := goEnv("GOMODCACHE="+filepath.Join(dir, "cache"), "GOPROXY="+fileURL(proxy), "GOSUMDB=off",
 		// An index of a module cache that is used once.
 		"GODEBUG=goindex=0")
 	listed, err := agentModules(offline(ctx, append([]string{"go"}, listAgent(agentTags+","+tags)...)...), source, env)
@@ -252,6 +254,12 @@ func BuildAgent(ctx context.Context, source string, lock Go, zips []string, out,
 		return fmt.Errorf("build the agent: %w\n%s", err, lastLines(string(output), 20))
 	}
 	return nil
+}
+
+// fileURL is a folder's address in GOPROXY, in which commas and bars separate
+// proxies.
+func fileURL(path string) string {
+	return strings.ReplaceAll((&url.URL{Scheme: "file", Path: path}).String(), ",", "%2C")
 }
 
 // copyTree copies a file or a folder with modes that do not depend on who

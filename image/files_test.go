@@ -2,6 +2,7 @@ package image
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io/fs"
 	"os"
@@ -11,6 +12,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"chrysalis/image/toolsroot"
 )
 
 // Whoever checked the tree out, mkosi sees the same modes.
@@ -217,5 +220,45 @@ func TestBuilderRefuses(t *testing.T) {
 	}
 	if left, _ := filepath.Glob(filepath.Join(cache, "tools", "*")); len(left) != 1 || !strings.HasSuffix(left[0], ".lock") {
 		t.Errorf("it leaves %v", left)
+	}
+}
+
+// A tools root that is not as it was made is not used: it is made anew, which
+// without packages fails, and until then it stays where it is.
+func TestDamagedToolsRoot(t *testing.T) {
+	if err := checkSandbox(t.Context()); err != nil {
+		t.Skip(err)
+	}
+	if err := checkSubIDs(); err != nil {
+		t.Skip(err)
+	}
+	cacheDir(t)
+	lock := &Lock{Version: 1, Trees: []Tree{{Name: "tools", Suites: []Suite{{"sid", time.Unix(1, 0)}}}}}
+	for _, name := range sources[2].packages {
+		p := samplePool(1).tree.Packages[0]
+		p.Name = name
+		lock.Trees[0].Packages = append(lock.Trees[0].Packages, p)
+	}
+	dir, err := toolsDir(lock)
+	if err != nil {
+		t.Fatal(err)
+	}
+	program := filepath.Join(dir, "usr", "program")
+	if err := errors.Join(
+		os.MkdirAll(filepath.Dir(program), 0o755), os.WriteFile(program, []byte("good"), 0o755), toolsroot.Seal(t.Context(), dir),
+	); err != nil {
+		t.Fatal(err)
+	}
+	if root, err := MakeTools(t.Context(), lock, nil, quiet); err != nil || root.Dir != dir {
+		t.Fatalf("a good one is not used: %v", err)
+	}
+	if err := os.WriteFile(program, []byte("evil"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := MakeTools(t.Context(), lock, nil, quiet); err == nil || !strings.Contains(err.Error(), "--mirror") {
+		t.Errorf("a damaged one is used: %v", err)
+	}
+	if _, err := os.Stat(program); err != nil {
+		t.Error(err)
 	}
 }

@@ -184,8 +184,14 @@ func TestAgent(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	// Neither is where it is built of any interest, whatever the place is called.
+	odd := filepath.Join(t.TempDir(), "a place, with | and %20")
+	if err := os.Mkdir(odd, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("TMPDIR", odd)
 	if two := build(zips); !bytes.Equal(one, two) {
-		t.Error("from a bundle it is another agent")
+		t.Error("from a bundle and elsewhere it is another agent")
 	}
 	if sumAfter, _ := os.ReadFile(filepath.Join(source, "go.sum")); !bytes.Equal(sumBefore, sumAfter) {
 		t.Error("go.sum changed")
@@ -289,6 +295,23 @@ func TestLockNamesTheAgent(t *testing.T) {
 	for _, c := range diffGo(lock.Go, g) {
 		if c.What != "toolchain" { // a test may run with a newer one; a build may not
 			t.Errorf("%s; %s", c, refreshGo)
+		}
+	}
+}
+
+// What every image is linked with is named with its licence.
+func TestNoticeNamesTheModules(t *testing.T) {
+	lock, err := ReadLock("..")
+	if err != nil {
+		t.Fatal(err)
+	}
+	notice, err := os.ReadFile("../NOTICE")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, m := range lock.Go.Modules {
+		if !strings.Contains(string(notice), "\n  "+m.Path+" ") {
+			t.Errorf("NOTICE does not name %s", m.Path)
 		}
 	}
 }

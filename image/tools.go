@@ -5,6 +5,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
+	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -17,7 +19,7 @@ import (
 
 // toolsRecipe changes whenever the way in which a tools root is made does, so
 // that an old one in the cache is not taken for a new one.
-const toolsRecipe = "tools/2"
+const toolsRecipe = "tools/3"
 
 // OpenTools returns the tools root that the lock names, which must have been
 // made before.
@@ -38,8 +40,8 @@ func toolsDir(lock *Lock) (string, error) {
 }
 
 // MakeTools returns the tools root that the lock names and makes it when it is
-// not there: it fetches the packages and lets mmdebstrap unpack and configure
-// them from a local folder, without any network.
+// not there, or is not as it was made: it fetches the packages and lets mmdebstrap
+// unpack and configure them from a local folder, without any network.
 func MakeTools(ctx context.Context, lock *Lock, mirrors []string, progress Progress) (*toolsroot.Root, error) {
 	dir, err := toolsDir(lock)
 	if err != nil {
@@ -52,8 +54,8 @@ func MakeTools(ctx context.Context, lock *Lock, mirrors []string, progress Progr
 	if err := checkRecipe(tree); err != nil {
 		return nil, err
 	}
-	if root, err := toolsroot.Open(dir); err == nil {
-		return root, nil
+	if root, err := openSound(ctx, dir, progress); err == nil || ctx.Err() != nil {
+		return root, err
 	}
 	if err := errors.Join(checkSandbox(ctx), checkSubIDs()); err != nil {
 		return nil, err
@@ -63,8 +65,9 @@ func MakeTools(ctx context.Context, lock *Lock, mirrors []string, progress Progr
 		return nil, err
 	}
 	defer unlock()
-	if root, err := toolsroot.Open(dir); err == nil {
-		return root, nil // somebody else made it while we waited
+	// Somebody else may have made it while we waited.
+	if root, err := openSound(ctx, dir, progress); err == nil || ctx.Err() != nil {
+		return root, err
 	}
 
 	paths, err := Fetch(ctx, tree, mirrors, progress)
@@ -108,7 +111,8 @@ func MakeTools(ctx context.Context, lock *Lock, mirrors []string, progress Progr
 		"--dpkgopt=path-exclude=/usr/share/locale/*",
 		"--dpkgopt=force-unsafe-io",
 		tree.Suites[0].Name, "-",
-		"deb [trusted=yes] copy://"+repo+" ./")
+		// apt takes the address apart at spaces.
+		"deb [trusted=yes] "+(&url.URL{Scheme: "copy", Path: repo}).String()+" ./")
 	build.Env = append(os.Environ(), fmt.Sprintf("SOURCE_DATE_EPOCH=%d", tree.Epoch().Unix()), "LC_ALL=C.UTF-8")
 	if os.Geteuid() == 0 {
 		// An ordinary user's mmdebstrap needs newuidmap, which works in no namespace of
@@ -119,17 +123,75 @@ func MakeTools(ctx context.Context, lock *Lock, mirrors []string, progress Progr
 	if err := pipe(build, unpack); err != nil {
 		return nil, err
 	}
-	// It names the local folder, which is elsewhere each time.
-	if err := os.WriteFile(filepath.Join(half, "etc/apt/sources.list"), nil, 0o644); err != nil {
+	if err := forget(half); err != nil {
 		return nil, err
 	}
-	if err := toolsroot.Seal(half); err != nil {
+	if err := toolsroot.Seal(ctx, half); err != nil {
+		return nil, err
+	}
+	// A damaged one goes now that there is another.
+	if err := removeTree(dir); err != nil {
 		return nil, err
 	}
 	if err := os.Rename(half, dir); err != nil {
 		return nil, fmt.Errorf("put the tools root in place: %w", err)
 	}
 	return toolsroot.Open(dir)
+}
+
+// openSound opens the tools root at dir if it is as it was made.
+func openSound(ctx context.Context, dir string, progress Progress) (*toolsroot.Root, error) {
+	root, err := toolsroot.Open(dir)
+	if err != nil {
+		return nil, err
+	}
+	progress("check tools", 0, 0)
+	if err := root.Verify(ctx); err != nil {
+		return nil, err
+	}
+	return root, nil
+}
+
+// forget takes out of a new tools root what tells when and where it was made, and
+// what keeps an ordinary user from reading all of it.
+func forget(root string) error {
+	// It names the local folder, which is elsewhere each time.
+	if err := os.WriteFile(filepath.Join(root, "etc/apt/sources.list"), nil, 0o644); err != nil {
+		return err
+	}
+	// Logs have times, and ldconfig's cache has inodes.
+	for _, dir := range []string{"var/log", "var/cache"} {
+		err := filepath.WalkDir(filepath.Join(root, dir), func(path string, d fs.DirEntry, err error) error {
+			if err != nil || d.IsDir() {
+				return err
+			}
+			return os.Remove(path)
+		})
+		if err != nil {
+			return fmt.Errorf("empty %s of the tools root: %w", dir, err)
+		}
+	}
+	// Python's compiler does not write the same bytes each time: they tell which
+	// strings it happened to share. Without them Python reads the packages' own source.
+	//
+	// The shadow files are nobody's to read, and there are no passwords in them;
+	// whoever made the root must be able to check it.
+	return filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
+		if err == nil && d.IsDir() && d.Name() == "__pycache__" {
+			if err := os.RemoveAll(path); err != nil {
+				return err
+			}
+			return fs.SkipDir
+		}
+		if err != nil || !d.Type().IsRegular() {
+			return err
+		}
+		info, err := d.Info()
+		if err != nil || info.Mode()&0o400 != 0 {
+			return err
+		}
+		return os.Chmod(path, info.Mode()|0o400)
+	})
 }
 
 // pipe runs two commands, the output of one being the input of the other.

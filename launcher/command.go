@@ -43,12 +43,15 @@ const (
 // maxDisks is the manifest, the engine and at most 16 models (package manifest).
 const maxDisks = 1 + 1 + 16
 
+// DiskSlot is the PCI device number of the first disk.
+const DiskSlot = 0x03
+
 // Slots on the root bus. Every device has a fixed one, because the slots decide
 // the ACPI tables. 0 is the host bridge and 0x1f the ICH9 bridge.
 const (
 	slotVsock = 0x02
-	slotDisk  = 0x03 // and the next 17
-	slotGPU   = 0x15 // root ports, and the next 7
+	slotDisk  = DiskSlot // and the next 17
+	slotGPU   = 0x15     // root ports, and the next 7
 )
 
 // Artefacts is what a VM of some shape is started from, as the tools root sees
@@ -58,6 +61,7 @@ type Artefacts struct {
 	Transport      Transport
 	Firmware       string   // TDVF or OVMF image
 	Disks          int      // manifest, engine, models: in this order, 3 to 18
+	FromDisk       bool     // it starts from its only disk, as 'chrysalis image export' makes it
 	ManifestSHA384 [48]byte // MRCONFIGID on TDX
 	GuestCID       uint32   // vsock address of the VM, above 2; not measured
 	GPUs           []string // PCI addresses, DDDD:BB:DD.F, as many as the shape says
@@ -75,7 +79,10 @@ func (a Artefacts) Check(shape Shape) error {
 	if a.Platform == PlatformTDX && a.Transport != TransportKernel {
 		return fmt.Errorf("a TD needs the host kernel's vhost-vsock, because its memory cannot be shared with another process; load it with 'modprobe vhost_vsock'")
 	}
-	if a.Disks < 3 || a.Disks > maxDisks {
+	if a.FromDisk && a.Disks != 1 {
+		return fmt.Errorf("there are %d disks; a VM that starts from a disk has one", a.Disks)
+	}
+	if !a.FromDisk && (a.Disks < 3 || a.Disks > maxDisks) {
 		return fmt.Errorf("there are %d disks; a VM has a manifest, an engine and 1 to 16 models", a.Disks)
 	}
 	if a.GuestCID <= 2 {
@@ -152,7 +159,12 @@ func Command(shape Shape, a Artefacts) []string {
 	}
 	argv = append(argv,
 		"-bios", a.Firmware,
-		"-kernel", insideImage,
+		// The SMBIOS table is measured, and would have the host's processor in it.
+		"-smbios", "type=4,processor-id=1")
+	if !a.FromDisk {
+		argv = append(argv, "-kernel", insideImage)
+	}
+	argv = append(argv,
 		// append=on: the supervisor may cut a console that floods the disk.
 		"-chardev", "file,id=console,path="+insideConsole+",append=on",
 		"-serial", "chardev:console",
@@ -185,9 +197,13 @@ func Command(shape Shape, a Artefacts) []string {
 	}
 
 	for i := range a.Disks {
+		first := ""
+		if a.FromDisk {
+			first = ",bootindex=0"
+		}
 		argv = append(argv,
 			"-blockdev", blockdev(i),
-			"-device", fmt.Sprintf("virtio-blk-pci,drive=disk%d,bus=pcie.0,addr=%#x,disable-legacy=on%s", i, slotDisk+i, access))
+			"-device", fmt.Sprintf("virtio-blk-pci,drive=disk%d,bus=pcie.0,addr=%#x,disable-legacy=on%s%s", i, slotDisk+i, access, first))
 	}
 
 	if len(a.GPUs) > 0 {

@@ -32,6 +32,7 @@ func TestCommandGolden(t *testing.T) {
 		{"kvm-small", small, Artefacts{Platform: PlatformKVM, Transport: TransportKernel, Firmware: tpmFirmware, Disks: 3, ManifestSHA384: testManifestHash(), GuestCID: 4711}},
 		{"kvm-small-user", small, Artefacts{Platform: PlatformKVM, Transport: TransportUser, Firmware: tpmFirmware, Disks: 3, ManifestSHA384: testManifestHash(), GuestCID: 3}},
 		{"tcg-small", small, Artefacts{Platform: PlatformTCG, Transport: TransportUser, Firmware: tpmFirmware, Disks: 3, ManifestSHA384: testManifestHash(), GuestCID: 3}},
+		{"tdx-small-from-disk", small, Artefacts{Platform: PlatformTDX, Transport: TransportKernel, Firmware: insideFirmware, Disks: 1, FromDisk: true, ManifestSHA384: testManifestHash(), GuestCID: 4711}},
 		{"tcg-small-18-disks", small, Artefacts{Platform: PlatformTCG, Transport: TransportUser, Firmware: tpmFirmware, Disks: 18, ManifestSHA384: testManifestHash(), GuestCID: 3}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

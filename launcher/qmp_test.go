@@ -108,6 +108,21 @@ func TestQMPErrors(t *testing.T) {
 			t.Errorf("after a refusal: %v", err)
 		}
 	})
+	t.Run("the deadline of an earlier command", func(t *testing.T) {
+		q, err := newQMP(t.Context(), qemuEnd(t, func(string, io.Writer) string { return `"return": {}` }))
+		if err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
+		defer cancel()
+		if _, err := q.execute(ctx, "cont", nil); err != nil {
+			t.Fatal(err)
+		}
+		<-ctx.Done()
+		if _, err := q.execute(t.Context(), "query-status", nil); err != nil {
+			t.Errorf("a command without a deadline, after one with: %v", err)
+		}
+	})
 	t.Run("QEMU goes away", func(t *testing.T) {
 		q, err := newQMP(t.Context(), qemuEnd(t, func(command string, _ io.Writer) string {
 			if command == "cont" {
@@ -140,6 +155,48 @@ func TestQMPErrors(t *testing.T) {
 			t.Error("no error")
 		}
 	})
+}
+
+func TestDriverRuns(t *testing.T) {
+	const placed = `[{"bus": 0, "devices": [
+		{"qdev_id": "", "regions": [{"bar": 4, "type": "memory", "address": 1}]},
+		{"qdev_id": "vsock0", "regions": [{"bar": 1, "type": "memory", "address": 2164260864}, {"bar": 4, "type": "memory", "address": 824633720832}]}]}]`
+	for _, tt := range []struct {
+		name, pci, memory string
+		want              bool
+		err               string
+	}{
+		{"runs", placed, `"return": "000000c000000014: 0x0f\r\n"`, true, ""},
+		{"driver found, not ready", placed, `"return": "000000c000000014: 0x03\r\n"`, false, ""},
+		{"reset", placed, `"return": "000000c000000014: 0x00\r\n"`, false, ""},
+		{"nothing answers", placed, `"return": "000000c000000014: 0xff\r\n"`, false, ""},
+		{"cannot be read", placed, `"return": "Cannot access memory\r\n"`, false, "xp"},
+		{"not placed", strings.ReplaceAll(placed, "824633720832", "-1"), "", false, ""},
+		{"not there", `[]`, "", false, ""},
+		{"not a list", `{}`, "", false, "PCI"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			q, err := newQMP(t.Context(), qemuEnd(t, func(command string, _ io.Writer) string {
+				switch command {
+				case "query-pci":
+					return `"return": ` + strings.Join(strings.Fields(tt.pci), "")
+				case "human-monitor-command":
+					return tt.memory
+				}
+				return `"return": {}`
+			}))
+			if err != nil {
+				t.Fatal(err)
+			}
+			runs, err := q.driverRuns(t.Context(), "vsock0")
+			if runs != tt.want {
+				t.Errorf("%v, want %v", runs, tt.want)
+			}
+			if tt.err == "" && err != nil || tt.err != "" && (err == nil || !strings.Contains(err.Error(), tt.err)) {
+				t.Errorf("error %v, want %q", err, tt.err)
+			}
+		})
+	}
 }
 
 func FuzzParseQMP(f *testing.F) {

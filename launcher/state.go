@@ -18,11 +18,13 @@ import (
 	"golang.org/x/sys/unix"
 
 	"chrysalis/guest"
+	"chrysalis/launcher/softtpm"
 )
 
 // What the launcher keeps, below the user's state folder, all of it 0700:
 //
 //	accel.json          which accelerators were found to work (accel.go)
+//	development-root.*  the issuer of software TPMs' certificates (softtpm)
 //	vms/NAME/lock       held by `up` while it starts a VM of that name
 //	vms/NAME/runs/ID/   one start of a VM; IDs sort by time
 //	    lock            held by the supervisor for as long as it lives
@@ -90,6 +92,20 @@ func StateDir() (string, error) {
 		return "", fmt.Errorf("find the state folder: %w; set XDG_STATE_HOME", err)
 	}
 	return filepath.Join(home, ".local", "state", "chrysalis"), nil
+}
+
+// DevelopmentRoot returns the path of the certificate (PEM) that software TPMs'
+// evidence of this state folder ends in, and makes it when there is none yet. The
+// folder is StateDir() when empty.
+func DevelopmentRoot(stateDir string) (string, error) {
+	st, err := openStore(stateDir)
+	if err != nil {
+		return "", err
+	}
+	if _, err := softtpm.OpenCA(st.dir); err != nil {
+		return "", err
+	}
+	return filepath.Join(st.dir, softtpm.CertificateFile), nil
 }
 
 // store is a state folder.

@@ -23,6 +23,7 @@ import (
 
 	"chrysalis/guest"
 	"chrysalis/image/toolsroot"
+	"chrysalis/launcher/softtpm"
 	"chrysalis/terminal"
 )
 
@@ -233,6 +234,9 @@ type vm struct {
 // to.
 const driverSettle = 200 * time.Millisecond
 
+// driverPatience is how long an answer about the VM's vsock driver is waited for.
+const driverPatience = 2 * time.Minute
+
 // awaitDriver waits until the VM's vsock driver runs. A connect from before that
 // is answered in the very moment in which the device's rings are being enabled,
 // and vhost-device-vsock 0.3.0 loses the VM's first kick if it comes before the
@@ -240,6 +244,8 @@ const driverSettle = 200 * time.Millisecond
 // While the firmware still places the device, QEMU may have no answer: that is
 // no reason to connect early.
 func (s *supervisor) awaitDriver(ctx context.Context, v *vm) {
+	ctx, cancel := context.WithTimeout(ctx, driverPatience)
+	defer cancel()
 	var said string
 	for {
 		runs, err := v.qmp.driverRuns(ctx, userVsock)
@@ -511,36 +517,31 @@ const tpmFirmware = "/usr/share/ovmf/OVMF.fd"
 // insideFirmware is where the tools root shows a firmware from outside of it.
 const insideFirmware = "/vm/firmware.fd"
 
-// startTPM makes a fresh TPM and serves it. PCR 15 and the boot log need SHA-384,
-// which swtpm's default leaves out.
+// startTPM makes a fresh TPM, with keys and a certificate, and serves it.
 func (s *supervisor) startTPM(shared toolsroot.Bind) (*child, error) {
-	if err := os.RemoveAll(s.run.path("tpm")); err != nil {
+	dir := s.run.path("tpm")
+	if err := os.RemoveAll(dir); err != nil {
 		return nil, err
 	}
-	if err := os.Mkdir(s.run.path("tpm"), 0o700); err != nil {
+	if err := os.Mkdir(dir, 0o700); err != nil {
 		return nil, err
 	}
-	const inside = "/vm/tpm"
-	state := toolsroot.Bind{Host: s.run.path("tpm"), Inside: inside, Writable: true}
-	setup, err := s.start("swtpm_setup", toolsroot.Command{
-		Args: []string{"swtpm_setup", "--tpm2", "--tpm-state", "dir://" + inside, "--pcr-banks", "sha256,sha384", "--overwrite"},
-		Bind: []toolsroot.Bind{state}, Offline: true,
-	})
+	ca, err := softtpm.OpenCA(s.store.dir)
 	if err != nil {
 		return nil, err
 	}
-	select {
-	case <-setup.done:
-	case <-time.After(30 * time.Second):
-		setup.kill()
-	}
+	ctx, cancel := context.WithTimeout(s.now, time.Minute)
+	defer cancel()
+	err = softtpm.Make(ctx, s.tools, dir, ca)
 	s.reap() // nothing else runs yet
-	if setup.err != nil {
+	if err != nil {
+		s.log.Print(err)
 		return nil, errors.New("the software TPM could not be made; see 'chrysalis logs --supervisor'")
 	}
+	const inside = "/vm/tpm"
 	tpm, err := s.start("swtpm", toolsroot.Command{
 		Args: []string{"swtpm", "socket", "--tpm2", "--tpmstate", "dir=" + inside, "--ctrl", "type=unixio,path=" + insideTPM, "--seccomp", "action=kill"},
-		Bind: []toolsroot.Bind{state, shared}, Offline: true,
+		Bind: []toolsroot.Bind{{Host: dir, Inside: inside, Writable: true}, shared}, Offline: true,
 	})
 	if err != nil {
 		return nil, err

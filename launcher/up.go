@@ -39,6 +39,7 @@ type Options struct {
 	Models     []string         // the model disks, in the order in which they are served
 	Manifest   string           // a manifest file, used as it is; made from the disks when empty
 	Parameters map[string]int64 // of the engine, for a manifest that is made here
+	Tokens     []string         // hashes of clients' tokens (TokenHashes), for the same
 	Shape      string           // "small" when empty
 	GPUs       []string         // PCI addresses, as many as the shape has
 	Accel      Accel            // AccelAuto when empty
@@ -241,8 +242,8 @@ func (o Options) plan() (config, []byte, error) {
 	}
 	var encoded []byte
 	if o.Manifest != "" {
-		if len(o.Parameters) > 0 {
-			return fail(errors.New("a manifest file already holds the engine's parameters; give either the file or parameters"))
+		if len(o.Parameters) > 0 || len(o.Tokens) > 0 {
+			return fail(errors.New("a manifest file already holds the engine's parameters and the clients' tokens; give either the file or those"))
 		}
 		encoded, err = readManifest(o.Manifest)
 	} else {
@@ -250,6 +251,7 @@ func (o Options) plan() (config, []byte, error) {
 		if makeErr != nil {
 			return fail(makeErr)
 		}
+		m.Tokens = o.Tokens
 		encoded, err = m.Encode()
 	}
 	if err != nil {

@@ -192,7 +192,7 @@ func TestUpRefusals(t *testing.T) {
 		{"image is a folder", func(o *Options) { o.Image = "/" }, "is not a file"},
 		{"no model", func(o *Options) { o.Models = nil }, "--model"},
 		{"engine is no disk", func(o *Options) { o.Manifest = "" }, "read the engine disk"},
-		{"manifest and parameters", func(o *Options) { o.Parameters = map[string]int64{"x": 1} }, "either the file or parameters"},
+		{"manifest and parameters", func(o *Options) { o.Parameters = map[string]int64{"x": 1} }, "either the file or those"},
 		{"GPU too many", func(o *Options) { o.GPUs = []string{"0000:01:00.0"} }, "0 GPUs"},
 		{"listen", func(o *Options) { o.Listen = "x" }, "not an address"},
 		{"no tools", func(o *Options) { o.Tools = nil }, "image tools"},

@@ -8,14 +8,14 @@
 package manifest
 
 import (
-	"bytes"
+	"crypto/sha256"
 	"crypto/sha512"
-	"encoding/json"
+	"encoding/hex"
 	"errors"
 	"fmt"
-	"io"
 	"regexp"
-	"slices"
+
+	"chrysalis/canonical"
 )
 
 // MaxSize is the largest manifest, in bytes.
@@ -24,7 +24,7 @@ const MaxSize = 64 << 10
 // Version is the version that this package reads and writes.
 const Version = 1
 
-// Manifest is the configuration of one VM. Every field is required.
+// Manifest is the configuration of one VM. Every field but Tokens is required.
 type Manifest struct {
 	Version    int              `json:"version"`
 	Engine     Disk             `json:"engine"`
@@ -32,6 +32,9 @@ type Manifest struct {
 	GPUs       int              `json:"gpus"`       // GPUs that must be bound, 0 to 8
 	Parameters map[string]int64 `json:"parameters"` // of the engine; names, bounds and defaults come from its profile
 	Limits     Limits           `json:"limits"`
+	// Tokens are the SHA-256 of each bearer token that is let in, 64 lower-case
+	// hexadecimal digits, in ascending order. Without the field everybody is.
+	Tokens []string `json:"tokens,omitempty"`
 }
 
 // Disk identifies a dm-verity disk (sha256, 4 KiB data and hash blocks, hash
@@ -53,6 +56,16 @@ type Model struct {
 // ID returns NAME@REVISION.
 func (m Model) ID() string { return m.Name + "@" + m.Revision }
 
+// MaxTokens is how many clients' tokens a manifest can name.
+const MaxTokens = 512
+
+// TokenHash is what a manifest holds of a token: its SHA-256, in lower-case
+// hexadecimal.
+func TokenHash(token string) string {
+	sum := sha256.Sum256([]byte(token))
+	return hex.EncodeToString(sum[:])
+}
+
 // Limits bound what clients can ask of the VM.
 type Limits struct {
 	BodyBytes    int64 `json:"body_bytes"`    // a request's body, 1 KiB to 16 MiB
@@ -72,31 +85,31 @@ var (
 	saltRE      = regexp.MustCompile(`^(?:[0-9a-f]{2}){0,256}$`)
 )
 
-// maxInteger is the largest integer that RFC 8785 can carry exactly (2^53 - 1).
+// maxInteger is the largest integer that RFC 8785 carries exactly.
 const maxInteger = 1<<53 - 1
 
 // Validate reports the first value that is out of bounds.
 func (m *Manifest) Validate() error {
 	if m.Version != Version {
-		return fmt.Errorf("manifest: version is %d, this program reads version %d", m.Version, Version)
+		return fmt.Errorf("version is %d, this program reads version %d", m.Version, Version)
 	}
 	if err := m.Engine.validate("engine"); err != nil {
 		return err
 	}
 	if len(m.Models) < 1 || len(m.Models) > 16 {
-		return fmt.Errorf("manifest: models: there are %d, expected 1 to 16", len(m.Models))
+		return fmt.Errorf("models: there are %d, expected 1 to 16", len(m.Models))
 	}
 	for i, model := range m.Models {
 		where := fmt.Sprintf("models[%d]", i)
 		if !nameRE.MatchString(model.Name) {
-			return fmt.Errorf("manifest: %s.name: %q is not ORG/NAME of letters, digits, '.', '_' and '-'", where, model.Name)
+			return fmt.Errorf("%s.name: %q is not ORG/NAME of letters, digits, '.', '_' and '-'", where, model.Name)
 		}
 		if !revisionRE.MatchString(model.Revision) {
-			return fmt.Errorf("manifest: %s.revision: %q is not 1 to 64 letters, digits, '.', '_' and '-'", where, model.Revision)
+			return fmt.Errorf("%s.revision: %q is not 1 to 64 letters, digits, '.', '_' and '-'", where, model.Revision)
 		}
 		for _, earlier := range m.Models[:i] {
 			if earlier.Name == model.Name {
-				return fmt.Errorf("manifest: %s.name: %q is there twice", where, model.Name)
+				return fmt.Errorf("%s.name: %q is there twice", where, model.Name)
 			}
 		}
 		if err := model.Disk.validate(where + ".disk"); err != nil {
@@ -107,17 +120,28 @@ func (m *Manifest) Validate() error {
 		return err
 	}
 	if m.Parameters == nil {
-		return errors.New("manifest: parameters: missing; an engine without parameters has {}")
+		return errors.New("parameters: missing; an engine without parameters has {}")
 	}
 	if len(m.Parameters) > 64 {
-		return fmt.Errorf("manifest: parameters: there are %d, at most 64 are allowed", len(m.Parameters))
+		return fmt.Errorf("parameters: there are %d, at most 64 are allowed", len(m.Parameters))
 	}
 	for name, value := range m.Parameters {
 		if !parameterRE.MatchString(name) {
-			return fmt.Errorf("manifest: parameters: %q is not a parameter's name", name)
+			return fmt.Errorf("parameters: %q is not a parameter's name", name)
 		}
 		if err := inRange("parameters."+name, value, -maxInteger, maxInteger); err != nil {
 			return err
+		}
+	}
+	if len(m.Tokens) > MaxTokens {
+		return fmt.Errorf("tokens: there are %d, at most %d are allowed", len(m.Tokens), MaxTokens)
+	}
+	for i, hash := range m.Tokens {
+		if !rootHashRE.MatchString(hash) {
+			return fmt.Errorf("tokens[%d]: %.80q is not 64 lower-case hexadecimal digits", i, hash)
+		}
+		if i > 0 && m.Tokens[i-1] >= hash {
+			return fmt.Errorf("tokens[%d]: not in ascending order, or there twice", i)
 		}
 	}
 	return errors.Join(
@@ -130,17 +154,17 @@ func (m *Manifest) Validate() error {
 
 func (d Disk) validate(where string) error {
 	if !rootHashRE.MatchString(d.RootHash) {
-		return fmt.Errorf("manifest: %s.root_hash: %.80q is not 64 lower-case hexadecimal digits", where, d.RootHash)
+		return fmt.Errorf("%s.root_hash: %.80q is not 64 lower-case hexadecimal digits", where, d.RootHash)
 	}
 	if !saltRE.MatchString(d.Salt) {
-		return fmt.Errorf("manifest: %s.salt: not 0 to 256 bytes in lower-case hexadecimal", where)
+		return fmt.Errorf("%s.salt: not 0 to 256 bytes in lower-case hexadecimal", where)
 	}
 	return inRange(where+".data_blocks", d.DataBlocks, 1, 1<<31)
 }
 
 func inRange(where string, value, low, high int64) error {
 	if value < low || value > high {
-		return fmt.Errorf("manifest: %s: %d is out of bounds, expected %d to %d", where, value, low, high)
+		return fmt.Errorf("%s: %d is out of bounds, expected %d to %d", where, value, low, high)
 	}
 	return nil
 }
@@ -149,24 +173,11 @@ func inRange(where string, value, low, high int64) error {
 // no white space, keys in order, no final newline.
 func (m *Manifest) Encode() ([]byte, error) {
 	if err := m.Validate(); err != nil {
-		return nil, err
+		return nil, fmt.Errorf("manifest: %w", err)
 	}
-	plain, err := json.Marshal(m)
+	out, err := canonical.Encode(m)
 	if err != nil {
-		return nil, fmt.Errorf("manifest: encode: %w", err)
-	}
-	// Validated strings are plain ASCII without characters that JSON escapes, and
-	// all numbers are integers below 2^53; so a pass through a map, whose keys
-	// encoding/json sorts by bytes, is all that RFC 8785 section 3.2 asks for.
-	var tree any
-	dec := json.NewDecoder(bytes.NewReader(plain))
-	dec.UseNumber()
-	if err := dec.Decode(&tree); err != nil {
-		return nil, fmt.Errorf("manifest: encode: %w", err)
-	}
-	out, err := json.Marshal(tree)
-	if err != nil {
-		return nil, fmt.Errorf("manifest: encode: %w", err)
+		return nil, fmt.Errorf("manifest: %w", err)
 	}
 	if len(out) > MaxSize {
 		return nil, fmt.Errorf("manifest: %d bytes, at most %d are allowed", len(out), MaxSize)
@@ -178,85 +189,11 @@ func (m *Manifest) Encode() ([]byte, error) {
 // valid manifest, and names what is wrong: unknown, missing or repeated fields,
 // white space, another number format, a value out of bounds.
 func Parse(data []byte) (*Manifest, error) {
-	if len(data) > MaxSize {
-		return nil, fmt.Errorf("manifest: %d bytes, at most %d are allowed", len(data), MaxSize)
-	}
-	if err := checkKeys(data); err != nil {
-		return nil, err
-	}
 	var m Manifest
-	dec := json.NewDecoder(bytes.NewReader(data))
-	dec.DisallowUnknownFields()
-	if err := dec.Decode(&m); err != nil {
+	if err := canonical.Decode(data, MaxSize, &m); err != nil {
 		return nil, fmt.Errorf("manifest: %w", err)
 	}
-	canonical, err := m.Encode()
-	if err != nil {
-		return nil, err
-	}
-	if !bytes.Equal(canonical, data) {
-		at := 0
-		for at < len(canonical) && at < len(data) && canonical[at] == data[at] {
-			at++
-		}
-		around := func(b []byte) []byte { return b[max(at-12, 0):min(at+12, len(b))] }
-		return nil, fmt.Errorf("manifest: not canonical JSON (RFC 8785): at byte %d it has %#q, expected %#q", at, around(data), around(canonical))
-	}
 	return &m, nil
-}
-
-// checkKeys refuses an object that has one key twice: encoding/json would let
-// the last one win, where another reader lets the first one.
-func checkKeys(data []byte) error {
-	dec := json.NewDecoder(bytes.NewReader(data))
-	dec.UseNumber()
-	type level struct {
-		object bool
-		key    bool // the next token is a key
-		seen   []string
-	}
-	var stack []level
-	for {
-		token, err := dec.Token()
-		if err == io.EOF {
-			if len(stack) == 0 {
-				return nil
-			}
-			return fmt.Errorf("manifest: %w", io.ErrUnexpectedEOF)
-		}
-		if err != nil {
-			return fmt.Errorf("manifest: %w", err)
-		}
-		if top := len(stack) - 1; top >= 0 && stack[top].object && stack[top].key {
-			if key, ok := token.(string); ok {
-				if slices.Contains(stack[top].seen, key) {
-					return fmt.Errorf("manifest: field %q is there twice", key)
-				}
-				stack[top].seen = append(stack[top].seen, key)
-				stack[top].key = false
-				continue
-			}
-		}
-		switch token {
-		case json.Delim('{'):
-			stack = append(stack, level{object: true, key: true})
-			if len(stack) > 8 {
-				return errors.New("manifest: nested too deeply")
-			}
-			continue
-		case json.Delim('['):
-			stack = append(stack, level{})
-			if len(stack) > 8 {
-				return errors.New("manifest: nested too deeply")
-			}
-			continue
-		case json.Delim('}'), json.Delim(']'):
-			stack = stack[:len(stack)-1]
-		}
-		if top := len(stack) - 1; top >= 0 && stack[top].object {
-			stack[top].key = true
-		}
-	}
 }
 
 // SHA384 is the digest of an encoded manifest: what the agent extends into RTMR3

@@ -78,7 +78,11 @@ func TestRoundTrip(t *testing.T) {
 	delete(largest.Parameters, "threads")
 	none := sample()
 	none.Parameters = map[string]int64{}
-	for name, m := range map[string]*Manifest{"sample": sample(), "largest": largest, "no parameters": none} {
+	tokens := sample()
+	for i := range MaxTokens {
+		tokens.Tokens = append(tokens.Tokens, fmt.Sprintf("%064x", i))
+	}
+	for name, m := range map[string]*Manifest{"sample": sample(), "largest": largest, "no parameters": none, "tokens": tokens} {
 		t.Run(name, func(t *testing.T) {
 			got, err := Parse(encode(t, m))
 			if err != nil {
@@ -141,6 +145,12 @@ func TestParseRefuses(t *testing.T) {
 		{"null parameters", swap(`{"context":2048,"threads":2}`, `null`), "parameters: missing"},
 		{"null for a number", swap(`"gpus":0`, `"gpus":null`), `gpus`},
 
+		{"no tokens in their field", swap(`,"version":1`, `,"tokens":[],"version":1`), "not canonical"},
+		{"a token's hash of another length", swap(`,"version":1`, `,"tokens":["`+hashE[1:]+`"],"version":1`), "tokens[0]"},
+		{"a token's hash in upper case", swap(`,"version":1`, `,"tokens":["`+strings.ToUpper(hashE)+`"],"version":1`), "tokens[0]"},
+		{"a token twice", swap(`,"version":1`, `,"tokens":["`+hashE+`","`+hashE+`"],"version":1`), "tokens[1]"},
+		{"tokens in another order", swap(`,"version":1`, `,"tokens":["`+hashM+`","`+hashE+`"],"version":1`), "tokens[1]"},
+		{"too many tokens", swap(`,"version":1`, `,"tokens":["`+strings.Repeat(hashE+`","`, MaxTokens)+hashM+`"],"version":1`), "tokens: there are 513"},
 		{"a field twice", swap(`"gpus":0`, `"gpus":0,"gpus":0`), `"gpus" is there twice`},
 		{"a field of a disk twice", swap(`"salt":"00ff"`, `"salt":"00ff","salt":"00ff"`), `"salt" is there twice`},
 		{"a field of a model twice", swap(`"revision":"1"`, `"revision":"1","revision":"1"`), `"revision" is there twice`},

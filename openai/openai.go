@@ -18,6 +18,16 @@ import (
 type Client struct {
 	Endpoint string       // https://HOST:PORT, without /v1
 	HTTP     *http.Client // how to reach it; http.DefaultClient when nil
+	Token    string       // sent as a bearer token, if there is one
+	// Transcript, if there is one, is sent with its salt and takes down the next chat.
+	Transcript *Transcript
+}
+
+// Transcript is what a receipt is about (package attest/receipt).
+type Transcript struct {
+	Salt     string // the value of the header field Chrysalis-Salt
+	Request  []byte // the body as sent
+	Response []byte // the body as received: the stream up to and with what ends it
 }
 
 // Message is one turn of a chat.
@@ -114,7 +124,15 @@ func (c *Client) ChatStream(ctx context.Context, request ChatRequest, each func(
 	}
 	defer answer.Body.Close()
 	var result Result
-	err = readSSE(io.LimitReader(answer.Body, maxAnswer), func(data []byte) error {
+	var in io.Reader = io.LimitReader(answer.Body, maxAnswer)
+	if t := c.Transcript; t != nil {
+		t.Request = body
+		var response bytes.Buffer
+		in = io.TeeReader(in, &response)
+		// What comes after the last event counts too: the receipt does.
+		defer func() { io.Copy(io.Discard, in); t.Response = response.Bytes() }()
+	}
+	err = readSSE(in, func(data []byte) error {
 		return result.take(data, each)
 	})
 	if err != nil {
@@ -163,6 +181,12 @@ func (c *Client) do(ctx context.Context, method, path string, body []byte) (*htt
 	}
 	if body != nil {
 		request.Header.Set("Content-Type", "application/json")
+	}
+	if c.Transcript != nil {
+		request.Header.Set("Chrysalis-Salt", c.Transcript.Salt)
+	}
+	if c.Token != "" {
+		request.Header.Set("Authorization", "Bearer "+c.Token)
 	}
 	client := c.HTTP
 	if client == nil {

@@ -21,7 +21,10 @@ package api
 
 import (
 	"context"
+	"crypto/ed25519"
+	"crypto/sha256"
 	"crypto/tls"
+	"encoding/hex"
 	"encoding/json"
 	"io"
 	"log"
@@ -34,6 +37,7 @@ import (
 	"time"
 
 	"chrysalis/agent/port"
+	"chrysalis/attest/evidence"
 	"chrysalis/manifest"
 )
 
@@ -53,10 +57,20 @@ const (
 type Config struct {
 	Models []manifest.Model
 	Limits manifest.Limits
+	// Tokens are the hashes of the tokens that are let in (manifest.Manifest). None
+	// let everybody in.
+	Tokens []string
 	// Certificate holds the TLS key made at boot.
 	Certificate tls.Certificate
+	// ReceiptKey signs receipts (package attest/receipt).
+	ReceiptKey ed25519.PrivateKey
+	// Manifest is the SHA-384 of the VM's manifest.
+	Manifest [48]byte
 	// Engine dials the socket of the engine that serves a model, an index of Models.
 	Engine func(ctx context.Context, model int) (net.Conn, error)
+	// Evidence returns an attest/evidence document that lists the nonce. It may take
+	// as long as a quote does.
+	Evidence func(ctx context.Context, nonce [evidence.NonceSize]byte) ([]byte, error)
 	// Ready reports whether the engine answers.
 	Ready func() bool
 	// FirstClient is called once, before a byte of the first client is read. May
@@ -73,6 +87,7 @@ type Config struct {
 // Server is the inference port's server.
 type Server struct {
 	engine    *http.Transport
+	evidence  func(context.Context, [evidence.NonceSize]byte) ([]byte, error)
 	ready     func() bool
 	first     func()
 	counters  *Counters
@@ -81,21 +96,29 @@ type Server struct {
 	total     time.Duration
 	bodyIdle  time.Duration
 	bodyTotal time.Duration
-	places    chan struct{}     // one for each request in the engine
-	names     map[string]string // what a client may call a model, and what the engine is told
-	engines   map[string]int    // a model's index, by what its engine is told
-	models    []byte            // the answer to /v1/models
-	memory    atomic.Int64      // bytes left for bodies and held answers
-	waiting   waiting
-	draining  atomic.Bool
-	http      *http.Server
-	tls       *tls.Config
+	places    chan struct{}             // one for each request in the engine
+	names     map[string]string         // what a client may call a model, and what the engine is told
+	engines   map[string]int            // a model's index, by what its engine is told
+	models    []byte                    // the answer to /v1/models
+	served    map[string]manifest.Model // by what the engine is told
+	tokens    [][sha256.Size]byte
+
+	receiptKey ed25519.PrivateKey
+	manifest   string       // SHA-384, hexadecimal
+	sequence   atomic.Int64 // of the last receipt
+	tick       time.Duration
+	memory     atomic.Int64 // bytes left for bodies and held answers
+	waiting    waiting
+	draining   atomic.Bool
+	http       *http.Server
+	tls        *tls.Config
 }
 
 // New returns a server. The configuration comes from a manifest that has been
 // validated.
 func New(c Config) *Server {
 	s := &Server{
+		evidence: c.Evidence,
 		ready:    c.Ready,
 		first:    c.FirstClient,
 		counters: c.Counters,
@@ -106,7 +129,14 @@ func New(c Config) *Server {
 		places:   make(chan struct{}, c.Limits.Concurrency),
 		names:    map[string]string{},
 		engines:  map[string]int{},
+		served:   map[string]manifest.Model{},
 		models:   modelList(c.Models),
+		tokens:   tokenHashes(c.Tokens),
+
+		receiptKey: c.ReceiptKey,
+		manifest:   hex.EncodeToString(c.Manifest[:]),
+		tick:       tick,
+
 		tls: &tls.Config{
 			Certificates: []tls.Certificate{c.Certificate},
 			MinVersion:   tls.VersionTLS13,
@@ -124,7 +154,7 @@ func New(c Config) *Server {
 		for _, name := range []string{m.Name, m.ID(), m.ID() + ":" + m.Disk.RootHash} {
 			s.names[name] = m.Name
 		}
-		s.engines[m.Name] = i
+		s.engines[m.Name], s.served[m.Name] = i, m
 	}
 	memory := c.BodyMemory
 	if memory == 0 {
@@ -216,6 +246,8 @@ type exchange struct {
 	bodyRead  bool
 	started   bool // the answer's header is out
 	streaming bool // and it is a stream of events
+	padding   padding
+	receipt   *pending
 }
 
 // ServeHTTP implements http.Handler.
@@ -238,9 +270,13 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 
 // handle is the way of every request, in order of what it costs to refuse it.
 func (s *Server) handle(x *exchange) error {
-	rt, err := find(x.w, x.r)
+	rt, query, err := find(x.w, x.r)
 	if err != nil {
 		return err
+	}
+	if !rt.open && !s.admits(x.r) {
+		x.w.Header().Set("WWW-Authenticate", "Bearer")
+		return errToken
 	}
 	if rt.fields == nil {
 		if x.r.ContentLength != 0 {
@@ -249,9 +285,15 @@ func (s *Server) handle(x *exchange) error {
 		if s.draining.Load() {
 			return errDraining
 		}
+		if rt.query {
+			return x.evidence(query)
+		}
 		return x.answer(http.StatusOK, s.models)
 	}
 	if err := s.checkHead(x.r); err != nil {
+		return err
+	}
+	if x.receipt, err = openReceipt(x.r.Header); err != nil {
 		return err
 	}
 	if err := s.available(); err != nil {
@@ -273,6 +315,7 @@ func (s *Server) handle(x *exchange) error {
 	if err != nil {
 		return err
 	}
+	x.receipt.about(body, req, s.served[req.model])
 	select {
 	case s.places <- struct{}{}:
 	default:
@@ -295,24 +338,24 @@ func (s *Server) handle(x *exchange) error {
 	return x.forward(req)
 }
 
-// find looks a request up in the table. The path is compared as it was sent:
-// nothing is unescaped, cleaned or redirected.
-func find(w http.ResponseWriter, r *http.Request) (*route, *apiError) {
-	path, _, query := strings.Cut(r.RequestURI, "?")
+// find looks a request up in the table, and returns its query as well. The path
+// is compared as it was sent: nothing is unescaped, cleaned or redirected.
+func find(w http.ResponseWriter, r *http.Request) (*route, string, *apiError) {
+	path, query, asked := strings.Cut(r.RequestURI, "?")
 	for i := range routes {
 		rt := &routes[i]
 		switch {
 		case rt.path != path:
 		case rt.method != r.Method:
 			w.Header().Set("Allow", rt.method)
-			return nil, errMethod
-		case query:
-			return nil, errQuery
+			return nil, "", errMethod
+		case asked && !rt.query:
+			return nil, "", errQuery
 		default:
-			return rt, nil
+			return rt, query, nil
 		}
 	}
-	return nil, errPath
+	return nil, "", errPath
 }
 
 func (s *Server) available() *apiError {
@@ -403,7 +446,7 @@ func (x *exchange) fail(err error) {
 	}
 	if x.started {
 		if x.streaming {
-			x.write(append(append([]byte("data: "), e.body()...), "\n\n"...))
+			x.write(x.padding.event(nil, e.body()))
 		}
 		panic(http.ErrAbortHandler)
 	}

@@ -57,16 +57,21 @@ const (
 var (
 	errPath        = &apiError{status: http.StatusNotFound, code: "unknown_path", message: "there is no such path"}
 	errMethod      = &apiError{status: http.StatusMethodNotAllowed, code: "method_not_allowed", message: "this path does not take this method"}
-	errQuery       = &apiError{status: http.StatusBadRequest, code: "query_not_allowed", message: "no path takes a query"}
+	errQuery       = &apiError{status: http.StatusBadRequest, code: "query_not_allowed", message: "this path takes no query"}
+	errNonce       = &apiError{status: http.StatusBadRequest, code: "nonce_invalid", param: "nonce", message: "the query must be nonce= and 32 bytes in base64url without padding, and nothing else"}
 	errNoBody      = &apiError{status: http.StatusBadRequest, code: "body_not_allowed", message: "this path takes no body"}
+	errToken       = &apiError{status: http.StatusUnauthorized, code: "invalid_api_key", message: "this VM answers only clients with a token that its manifest names (Authorization: Bearer TOKEN)"}
 	errContentType = &apiError{status: http.StatusUnsupportedMediaType, code: "content_type", message: "the body must be application/json in UTF-8, without a content encoding"}
 	errTooLarge    = &apiError{status: http.StatusRequestEntityTooLarge, code: "body_too_large", message: "the body is larger than this VM takes"}
 	errSlowBody    = &apiError{status: http.StatusRequestTimeout, code: "body_timeout", message: "the body did not arrive in time"}
 	errBrokenBody  = &apiError{status: http.StatusBadRequest, code: "body_malformed", message: "the body is not framed as HTTP/1.1 says"}
 
-	errBusy     = &apiError{status: http.StatusTooManyRequests, code: "busy", message: "all places are taken; try again", retry: retryBusy}
-	errMemory   = &apiError{status: http.StatusTooManyRequests, code: "busy", message: "the bodies of other requests take all memory set aside for them; try again", retry: retryBusy}
-	errNotReady = &apiError{status: http.StatusServiceUnavailable, code: "engine_not_ready", message: "the engine is starting; try again", retry: retryUnavailable}
+	errBusy         = &apiError{status: http.StatusTooManyRequests, code: "busy", message: "all places are taken; try again", retry: retryBusy}
+	errMemory       = &apiError{status: http.StatusTooManyRequests, code: "busy", message: "the bodies of other requests take all memory set aside for them; try again", retry: retryBusy}
+	errNotReady     = &apiError{status: http.StatusServiceUnavailable, code: "engine_not_ready", message: "the engine is starting; try again", retry: retryUnavailable}
+	errEvidenceBusy = &apiError{status: http.StatusTooManyRequests, code: "busy", message: "too many clients wait for evidence; try again", retry: retryBusy}
+	errEvidence     = &apiError{status: http.StatusServiceUnavailable, code: "evidence_failed", message: "the VM's platform gave no evidence; try again", retry: retryUnavailable}
+
 	errDraining = &apiError{status: http.StatusServiceUnavailable, code: "draining", message: "this VM admits no new requests; ask another one", retry: retryUnavailable}
 
 	errEngineFailed  = &apiError{status: http.StatusBadGateway, code: "engine_failed", message: "the engine broke off"}

@@ -1,7 +1,6 @@
 package api
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -95,7 +94,7 @@ func (x *exchange) forward(req *request) error {
 	case resp.StatusCode != http.StatusOK:
 		err = engineRefusal(resp.StatusCode, src)
 	case req.stream && kind == "text/event-stream":
-		err = x.relayEvents(src)
+		err = x.relayEvents(src, req, func() { cancel(nil) })
 	case !req.stream && kind == "application/json":
 		err = x.relayAnswer(src)
 	default:
@@ -141,35 +140,6 @@ func (r *engineReader) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// relayEvents passes a stream on, event by event. Only [DONE] ends it well.
-func (x *exchange) relayEvents(src io.Reader) error {
-	stream := newEvents(src)
-	var out []byte
-	for {
-		event, err := stream.next()
-		switch {
-		case err == io.EOF, err == errEvent:
-			return errEngineFailed
-		case err != nil:
-			return err
-		// The engine reports a failure halfway as an event of its own.
-		case bytes.HasPrefix(event, []byte(`{"error":`)):
-			return errEngineFailed
-		}
-		if !x.started {
-			x.streaming = true
-			x.start(http.StatusOK, "text/event-stream")
-		}
-		out = append(append(append(out[:0], "data: "...), event...), "\n\n"...)
-		if err := x.write(out); err != nil {
-			return err
-		}
-		if bytes.Equal(event, doneEvent) {
-			return nil
-		}
-	}
-}
-
 // relayAnswer passes on an answer that is not a stream.
 func (x *exchange) relayAnswer(src io.Reader) error {
 	held, whole, err := x.hold(src)
@@ -178,28 +148,44 @@ func (x *exchange) relayAnswer(src io.Reader) error {
 		return err
 	case whole && (len(held) == 0 || held[0] != '{' || !json.Valid(held)):
 		return errEngineFailed
-	case whole:
-		return x.answer(http.StatusOK, held)
 	}
+	x.receipt.counts.read(held) // of a longer one nothing is counted
+	x.startReceipt()
 	x.start(http.StatusOK, "application/json")
-	if err := x.write(held); err != nil {
+	size := int64(len(held))
+	if err := x.send(held); err != nil {
 		return err
 	}
-	buf := held[:freeBuffer]
-	for {
+	for buf := held[:min(len(held), freeBuffer)]; !whole; {
 		n, err := src.Read(buf)
 		if n > 0 {
-			if err := x.write(buf[:n]); err != nil {
+			size += int64(n)
+			if err := x.send(buf[:n]); err != nil {
 				return err
 			}
 		}
 		switch {
 		case err == io.EOF:
-			return nil
+			whole = true
 		case err != nil:
 			return err
 		}
 	}
+	if err := x.send(spaces(size)); err != nil {
+		return err
+	}
+	signed, err := x.s.sign(x.receipt)
+	if err != nil {
+		return errInternal
+	}
+	x.setTrailer(signed)
+	return nil
+}
+
+// send writes a part of a body that a receipt covers.
+func (x *exchange) send(p []byte) error {
+	x.receipt.response.Write(p)
+	return x.write(p)
 }
 
 // hold reads an answer until it is whole, or longer than maxHeld or than there is

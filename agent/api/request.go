@@ -18,7 +18,22 @@ type request struct {
 	route  *route
 	values [][]byte // beside route.fields; nil where absent
 	stream bool
+	usage  bool   // the client wants the usage at the stream's end
 	model  string // what its engine is told
+}
+
+// alwaysUsage is what the engine is told about streams: the agent wants to know for
+// the receipt.
+var alwaysUsage = []byte(`{"include_usage":true}`)
+
+// value returns the value of the field that the engine knows by a name, or nil.
+func (req *request) value(engine string) []byte {
+	for i, f := range req.route.fields {
+		if f.engine == engine && req.values[i] != nil {
+			return req.values[i]
+		}
+	}
+	return nil
 }
 
 // parse checks a body against a route's fields. names maps what a client may call
@@ -72,6 +87,15 @@ func parse(rt *route, names map[string]string, body []byte) (*request, *apiError
 				return nil, badRequest("repeated_field", f.name, "give one of "+strconv.Quote(rt.fields[j].name)+" and "+strconv.Quote(f.name))
 			}
 		}
+	}
+	if at := rt.field("stream_options"); req.stream && at >= 0 {
+		if given := req.values[at]; given != nil {
+			members(given, func(_ string, value []byte) error {
+				req.usage = value[0] == 't' // its only member, a boolean
+				return nil
+			})
+		}
+		req.values[at] = alwaysUsage
 	}
 	return req, nil
 }

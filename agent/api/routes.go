@@ -1,6 +1,10 @@
 package api
 
-import "net/http"
+import (
+	"net/http"
+
+	"chrysalis/attest/evidence"
+)
 
 // A route is one path that clients can ask for, with the one method that it
 // takes. What is not in the table does not exist: the engine has many more paths
@@ -10,6 +14,8 @@ type route struct {
 	method string
 	path   string
 	fields []field // of the request's body; nil if the agent answers by itself
+	query  bool    // it takes a query
+	open   bool    // it takes no token
 }
 
 // A field is a top-level field that a request may have. The engine's own ones
@@ -24,6 +30,7 @@ type field struct {
 }
 
 var routes = []route{
+	{method: http.MethodGet, path: evidence.Path, query: true, open: true},
 	{method: http.MethodGet, path: "/v1/models"},
 	{method: http.MethodPost, path: "/v1/chat/completions", fields: append([]field{
 		{name: "messages", engine: "messages", check: listOf(1, 4096, message), required: true},

@@ -256,7 +256,7 @@ func (b bench) pack(rounds int) error {
 			return err
 		}
 		ours = append(ours, time.Since(begin).Seconds())
-		cpu += processorTime(syscall.RUSAGE_SELF) - used
+		cpu += (processorTime(syscall.RUSAGE_SELF) - used).Seconds()
 		after, err := counters()
 		if err != nil {
 			return err
@@ -277,7 +277,7 @@ func (b bench) pack(rounds int) error {
 		if err != nil {
 			return err
 		}
-		cpuTheirs += processorTime(syscall.RUSAGE_CHILDREN) - used
+		cpuTheirs += (processorTime(syscall.RUSAGE_CHILDREN) - used).Seconds()
 		theirs = append(theirs, took+more)
 		if err := errors.Join(os.Remove(b.path("image")), os.Remove(b.path("hash"))); err != nil {
 			return err
@@ -289,12 +289,14 @@ func (b bench) pack(rounds int) error {
 	return nil
 }
 
-func processorTime(who int) float64 {
+// processorTime is what this process (syscall.RUSAGE_SELF) or its children have
+// used.
+func processorTime(who int) time.Duration {
 	var u syscall.Rusage
-	if err := syscall.Getrusage(who, &u); err != nil {
+	if syscall.Getrusage(who, &u) != nil {
 		return 0
 	}
-	return float64(u.Utime.Nano()+u.Stime.Nano()) / 1e9
+	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
 }
 
 // counters are this process's of /proc/self/io.

@@ -5,6 +5,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"context"
 	"crypto/tls"
 	"encoding/json"
 	"errors"
@@ -30,27 +31,55 @@ const runs, warmUp = 11, 5
 const body = `{"model":"chrysalis/demo","stream":true,"temperature":0,"max_tokens":64,` +
 	`"messages":[{"role":"user","content":"Who can read my prompt?"}]}`
 
+// part is one thing to measure.
+type part struct {
+	name    string
+	measure func() error
+}
+
+// parts are what is measured, in this order.
+var parts = []part{
+	{"sizes", sizes},
+	{"vms", inVMs},
+	{"disks", disks},
+	{"prefetch", func() error { return withHost(host.prefetch) }},
+	{"ton", func() error { return ton(context.Background()) }},
+	{"demo", cleanDemo},
+	{"builds", builds},
+}
+
 func main() {
-	demo := flag.Bool("demo", true, "time 'make demo' from a clean clone with an empty cache, too")
-	only := flag.String("only", "", "'disks' measures packing only, 'prefetch' reading in the VM only")
-	flag.Parse()
-	measure := func() error { return run(*demo) }
-	switch *only {
-	case "disks":
-		measure = func() error {
-			head()
-			return disks()
-		}
-	case "prefetch":
-		measure = func() error {
-			head()
-			return withHost(host.prefetch)
-		}
+	var names []string
+	for _, part := range parts {
+		names = append(names, part.name)
 	}
-	if err := measure(); err != nil {
+	only := flag.String("only", strings.Join(names, ","), "the parts to measure")
+	flag.Parse()
+	if err := run(strings.Split(*only, ",")); err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		os.Exit(1)
 	}
+}
+
+// run measures the parts of these names.
+func run(wanted []string) error {
+	for _, name := range wanted {
+		if !slices.ContainsFunc(parts, func(p part) bool { return p.name == name }) {
+			return fmt.Errorf("there is no part %q", name)
+		}
+	}
+	fmt.Printf("%s, %d processors, %s\n\n", cpu(), runtime.NumCPU(), time.Now().UTC().Format(time.DateOnly))
+	fmt.Println("| what | measured | limit | |")
+	fmt.Println("|---|---|---|---|")
+	for _, part := range parts {
+		if !slices.Contains(wanted, part.name) {
+			continue
+		}
+		if err := part.measure(); err != nil {
+			return fmt.Errorf("%s: %w", part.name, err)
+		}
+	}
+	return nil
 }
 
 // row prints a figure beside its limit, and says whether it holds.
@@ -74,17 +103,13 @@ func number(v float64) string {
 	if v >= 100 {
 		return strconv.FormatFloat(v, 'f', 0, 64)
 	}
+	if v > 0 && v < 0.1 {
+		return strconv.FormatFloat(v, 'f', 5, 64)
+	}
 	return strconv.FormatFloat(v, 'f', 2, 64)
 }
 
-func head() {
-	fmt.Printf("%s, %d processors, %s\n\n", cpu(), runtime.NumCPU(), time.Now().UTC().Format(time.DateOnly))
-	fmt.Println("| what | measured | limit | |")
-	fmt.Println("|---|---|---|---|")
-}
-
-func run(demo bool) error {
-	head()
+func sizes() error {
 	for _, a := range []struct {
 		what, path string
 		limit      float64
@@ -101,19 +126,17 @@ func run(demo bool) error {
 			figure(a.what, "MB", mb)
 		}
 	}
+	return nil
+}
 
-	for _, measure := range []func(host) error{host.boot, host.overhead, host.prefetch} {
-		if err := withHost(measure); err != nil {
+// inVMs measures in VMs that it boots.
+func inVMs() error {
+	return withHost(func(h host) error {
+		if err := h.boot(); err != nil {
 			return err
 		}
-	}
-	if err := disks(); err != nil {
-		return err
-	}
-	if demo {
-		return cleanDemo()
-	}
-	return nil
+		return h.overhead()
+	})
 }
 
 // withHost gives a measurement a host of its own.

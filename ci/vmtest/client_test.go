@@ -17,6 +17,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"chrysalis/attest/receipt"
 )
 
 // client talks to a VM's endpoint. Evidence is another test's matter, so any key
@@ -133,8 +135,9 @@ func TestClients(t *testing.T) {
 	})
 	t.Run("stream", func(t *testing.T) {
 		resp, body := c.send("POST", "/v1/chat/completions", question("What is measured?", true))
-		if resp.StatusCode != 200 || strings.Count(body, "data: ") < 5 || !strings.HasSuffix(strings.TrimSpace(body), "data: [DONE]") {
-			t.Errorf("%s: %s", resp.Status, body)
+		events, _, err := receipt.SplitStream([]byte(body))
+		if err != nil || resp.StatusCode != 200 || strings.Count(body, "data: ") < 5 || !strings.Contains(string(events), "data: [DONE]\n\n:") {
+			t.Errorf("%s: %v: %s", resp.Status, err, body)
 		}
 	})
 	t.Run("models", func(t *testing.T) {
@@ -149,6 +152,8 @@ func TestClients(t *testing.T) {
 			t.Errorf("%s: %s", resp.Status, body)
 		}
 	})
+	t.Run("what a relay sees", func(t *testing.T) { relaySees(t, address) })
+	t.Run("nothing is kept between clients", func(t *testing.T) { nothingKept(t, endpoint) })
 	t.Run("an unmodified OpenAI client", func(t *testing.T) { openaiClient(t, endpoint) })
 
 	for _, r := range []struct {

@@ -12,7 +12,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
-	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -23,6 +22,7 @@ import (
 	"chrysalis/image/imagetest"
 	"chrysalis/image/toolsroot"
 	"chrysalis/launcher"
+	"chrysalis/launcher/softtpm"
 )
 
 // TestExport boots an exported disk as a provider would: firmware finds it by
@@ -98,11 +98,12 @@ func bootDisk(t *testing.T, disk string) *diskVM {
 	shared := toolsroot.Bind{Host: vm.dir, Inside: "/vm/io", Writable: true}
 	tpm := toolsroot.Bind{Host: state, Inside: "/vm/tpm", Writable: true}
 
-	if out, err := tools.Cmd(t.Context(), toolsroot.Command{
-		Args: []string{"swtpm_setup", "--tpm2", "--tpm-state", "dir:///vm/tpm", "--pcr-banks", "sha256,sha384"},
-		Bind: []toolsroot.Bind{tpm}, Offline: true,
-	}).CombinedOutput(); err != nil {
-		t.Fatalf("make a TPM: %v: %s", err, out)
+	ca, err := softtpm.OpenCA(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := softtpm.Make(t.Context(), tools, state, ca); err != nil {
+		t.Fatal(err)
 	}
 	start := func(c toolsroot.Command) *exec.Cmd {
 		cmd := tools.Cmd(context.Background(), c)
@@ -161,8 +162,8 @@ func bootDisk(t *testing.T, disk string) *diskVM {
 	return vm
 }
 
-// diskCommand is the launcher's command line for a VM whose only disk is to be
-// started from and can be written to.
+// diskCommand is the launcher's command line for a VM that starts from its only
+// disk, which can be written to.
 func diskCommand(t *testing.T) []string {
 	t.Helper()
 	shape, err := launcher.LookupShape("small")
@@ -171,25 +172,16 @@ func diskCommand(t *testing.T) []string {
 	}
 	argv := launcher.Command(shape, launcher.Artefacts{
 		Platform: launcher.PlatformTCG, Transport: launcher.TransportUser,
-		Firmware: "/usr/share/ovmf/OVMF.fd", Disks: 1, GuestCID: 3,
+		Firmware: "/usr/share/ovmf/OVMF.fd", Disks: 1, FromDisk: true, GuestCID: 3,
 	})
-	kernel := slices.Index(argv, "-kernel")
-	if kernel < 0 {
-		t.Fatal("the launcher's command line has no -kernel")
-	}
-	argv = slices.Delete(argv, kernel, kernel+2)
-	writable, first := false, false
+	writable := false
 	for i, arg := range argv {
 		if strings.Contains(arg, `"read-only":true`) {
 			argv[i] = strings.ReplaceAll(arg, `"read-only":true`, `"read-only":false`)
 			writable = true
 		}
-		if strings.HasPrefix(arg, "virtio-blk-pci,") {
-			argv[i] += ",bootindex=0"
-			first = true
-		}
 	}
-	if !writable || !first {
+	if !writable {
 		t.Fatalf("the launcher's command line has no disk: %q", argv)
 	}
 	return argv

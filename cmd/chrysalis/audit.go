@@ -13,7 +13,8 @@ import (
 // AuditCmd builds a release again and compares.
 type AuditCmd struct {
 	sourceFlags
-	Dir  string `arg:"" type:"existingdir" help:"The release: UKI, disks, SBOMs, provenance and image.lock, and nothing else but the bundle."`
+	Dir  string `arg:"" type:"existingdir" help:"The release: UKI, disks, manifest, SBOMs, provenance and image.lock, and nothing else but the bundle."`
+	Keep string `placeholder:"DIR" help:"Build into this folder, which must be empty or not there, and leave it (default: a temporary one)."`
 	JSON bool   `name:"json" help:"Print one JSON document."`
 }
 
@@ -22,7 +23,7 @@ func (c *AuditCmd) Run(ctx context.Context) error {
 	show := newSteps()
 	defer show.done()
 	a := &audit.Auditor{
-		Source: c.Source,
+		Source: c.Source, Keep: c.Keep,
 		Build: func(ctx context.Context, dir string, p provenance.Parameters) (provenance.Build, error) {
 			return provenance.Make(ctx, c.builder(ctx, dir, show), p)
 		},
@@ -32,6 +33,11 @@ func (c *AuditCmd) Run(ctx context.Context) error {
 	}
 	report, err := a.Audit(ctx, c.Dir)
 	show.done()
+	return c.print(report, err)
+}
+
+// print prints what an audit came to, and turns it into the program's status.
+func (c *AuditCmd) print(report *audit.Report, err error) error {
 	if err != nil {
 		return &exitError{exitBadInput, err}
 	}

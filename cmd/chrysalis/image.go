@@ -14,7 +14,7 @@ import (
 )
 
 type imageCommands struct {
-	Build  ImageBuildCmd  `cmd:"" help:"Build the UKI and the engine disks from the lock."`
+	Build  ImageBuildCmd  `cmd:"" help:"Build the UKI, the disks and their manifest, from the lock."`
 	Tools  ImageToolsCmd  `cmd:"" help:"Make the tools root, which holds QEMU, firmware and mkosi."`
 	Lock   ImageLockCmd   `cmd:"" help:"Resolve every package anew and rewrite the lock."`
 	Bundle ImageBundleCmd `cmd:"" help:"Write everything that the lock names into one file, for --mirror."`
@@ -22,6 +22,8 @@ type imageCommands struct {
 
 	Inspect ImageInspectCmd `cmd:"" help:"Show what is inside a UKI or a disk."`
 	Diff    ImageDiffCmd    `cmd:"" help:"Tell why two UKIs or two disks are not the same."`
+
+	Release ImageReleaseCmd `cmd:"" help:"Write the hashes that a build must have, release.json, or check a build against it."`
 
 	VerifyProvenance ImageVerifyProvenanceCmd `cmd:"" help:"Check a provenance statement against the files beside it."`
 }
@@ -59,8 +61,10 @@ type ImageBuildCmd struct {
 	Out     string   `short:"o" default:"out" placeholder:"DIR" help:"Where the artefacts go (default: ${default})."`
 	Profile string   `placeholder:"NAME" help:"Build the image of a profile under mkosi.profiles, such as debug."`
 	Engine  []string `default:"llama.cpp" sep:"none" placeholder:"NAME" help:"An engine under image/engines; repeat it for more (default: ${default})."`
+	Model   []string `default:"demo" sep:"none" placeholder:"NAME" help:"A model under models that has a model.json; repeat it for more (default: ${default})."`
 	JSON    bool     `name:"json" help:"Print one JSON document with the artefacts."`
 
+	ImageOnly  bool `help:"Build the UKI, and no disks or manifest."`
 	AllowDirty bool `help:"Write a provenance statement even if the source tree is not as in its commit; it says so."`
 }
 
@@ -69,7 +73,10 @@ type ImageBuildCmd struct {
 func (c *ImageBuildCmd) Run(ctx context.Context) error {
 	show := newSteps()
 	defer show.done()
-	p, err := provenance.NewParameters(c.Profile, c.Engine)
+	if c.ImageOnly {
+		c.Engine, c.Model = nil, nil
+	}
+	p, err := provenance.NewParameters(c.Profile, c.Engine, c.Model)
 	if err != nil {
 		return err
 	}
@@ -118,9 +125,10 @@ func (c *ImageBuildCmd) Run(ctx context.Context) error {
 // ImageToolsCmd makes the tools root that belongs to this program.
 type ImageToolsCmd struct {
 	mirrorFlags
+	List bool `help:"Print what is in it, a line each, rather than where it is."`
 }
 
-// Run makes it, unless it is there, and prints where it is.
+// Run makes it, unless it is there and sound, and prints where or what it is.
 func (c *ImageToolsCmd) Run(ctx context.Context) error {
 	show := newSteps()
 	defer show.done()
@@ -130,6 +138,15 @@ func (c *ImageToolsCmd) Run(ctx context.Context) error {
 	}
 	root, err := image.MakeTools(ctx, lock, c.mirrors(ctx), show.step)
 	if err != nil {
+		return err
+	}
+	if c.List {
+		list, err := root.List(ctx)
+		if err != nil {
+			return err
+		}
+		show.done()
+		_, err = os.Stdout.Write(list)
 		return err
 	}
 	show.done()

@@ -20,6 +20,7 @@ type ImageExportCmd struct {
 	Model     []string         `required:"" placeholder:"FILE" sep:"none" help:"A model disk; repeat it for more."`
 	Manifest  string           `placeholder:"FILE" help:"Use this manifest as it is rather than one made from the disks."`
 	Parameter map[string]int64 `placeholder:"NAME=VALUE" mapsep:"none" help:"A parameter of the engine, an integer; repeat it for more."`
+	Tokens    TokenFlags       `embed:""`
 	GPUs      int              `name:"gpus" placeholder:"N" help:"GPUs that the VM must have (default: none)."`
 	Force     bool             `short:"f" help:"Replace the file if it is there."`
 	JSON      bool             `name:"json" help:"Print one JSON document."`
@@ -27,11 +28,15 @@ type ImageExportCmd struct {
 
 // Run writes the disk and prints its hash and the manifest's.
 func (c *ImageExportCmd) Run(ctx context.Context) error {
+	tokens, err := c.Tokens.hashes()
+	if err != nil {
+		return err
+	}
 	show := newSteps()
 	defer show.done()
 	result, err := export.Write(ctx, export.Options{
 		Image: c.Image, Engine: c.Engine, Models: c.Model,
-		Manifest: c.Manifest, Parameters: c.Parameter, GPUs: c.GPUs,
+		Manifest: c.Manifest, Parameters: c.Parameter, Tokens: tokens, GPUs: c.GPUs,
 		Format: export.Format(c.Format), Out: c.Out, Replace: c.Force, Progress: show.step,
 	})
 	if err != nil {

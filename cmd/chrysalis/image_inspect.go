@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"maps"
 	"os"
 	"slices"
@@ -13,6 +14,7 @@ import (
 	"time"
 
 	"chrysalis/image/inspect"
+	"chrysalis/image/provenance"
 	"chrysalis/terminal"
 )
 
@@ -24,8 +26,42 @@ const (
 
 // ImageInspectCmd shows what is in an artefact.
 type ImageInspectCmd struct {
-	File string `arg:"" help:"A UKI or a disk."`
-	JSON bool   `name:"json" help:"Print one JSON document."`
+	File   string `arg:"" help:"A UKI or a disk."`
+	Source string `default:"." type:"existingdir" placeholder:"DIR" help:"Top of the source tree, whose lock lists the packages where no SBOM or lock is beside the file (default: ${default})."`
+	JSON   bool   `name:"json" help:"Print one JSON document."`
+}
+
+// An inspection is what is in a file, and what is said about it elsewhere.
+type inspection struct {
+	*inspect.Report
+	Packages *provenance.PackageList `json:"packages,omitempty"`
+}
+
+// packages looks for the list of the packages that the file is made of. A list
+// that is about another file is a problem of the report.
+func (c *ImageInspectCmd) packages(r *inspect.Report) (*provenance.PackageList, error) {
+	tree := ""
+	if r.UKI != nil {
+		tree = "image"
+	} else {
+		for _, p := range r.Disk.Partitions {
+			if p.Verity != nil && p.Verity.Profile != nil {
+				tree = "engine/" + p.Verity.Profile.Name
+			}
+		}
+	}
+	if tree == "" {
+		return nil, nil // nothing on it is from a package
+	}
+	list, err := provenance.Packages(c.File, r.SHA256, tree, c.Source)
+	if errors.Is(err, provenance.ErrOtherFile) {
+		r.Problems = append(r.Problems, err.Error())
+		return nil, nil
+	}
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	return list, err
 }
 
 // Run prints the report, and fails if the file says of itself what is not so.
@@ -37,10 +73,14 @@ func (c *ImageInspectCmd) Run(ctx context.Context) error {
 	if err != nil {
 		return &exitError{exitBadInput, err}
 	}
+	found := inspection{Report: report}
+	if found.Packages, err = c.packages(report); err != nil {
+		return &exitError{exitBadInput, err}
+	}
 	if c.JSON {
-		err = json.NewEncoder(os.Stdout).Encode(report)
+		err = json.NewEncoder(os.Stdout).Encode(found)
 	} else {
-		err = printReport(os.Stdout, report)
+		err = printReport(os.Stdout, found)
 	}
 	if err != nil {
 		return err
@@ -52,7 +92,7 @@ func (c *ImageInspectCmd) Run(ctx context.Context) error {
 }
 
 // printReport prints a report for people. Nothing in it is trusted.
-func printReport(out io.Writer, r *inspect.Report) error {
+func printReport(out io.Writer, r inspection) error {
 	w := tabwriter.NewWriter(terminal.NewWriter(out), 0, 8, 2, ' ', 0)
 	line := func(format string, args ...any) {
 		for i, arg := range args {
@@ -111,6 +151,19 @@ func printReport(out io.Writer, r *inspect.Report) error {
 				printEntries(line, v.Entries)
 			}
 		}
+	}
+	if list := r.Packages; list != nil {
+		line("\npackages, from %s: %s", list.From, list.Detail)
+		line("kind\tname\tversion\tSHA-256")
+		for _, p := range list.Packages {
+			sum := p.SHA256
+			if sum == "" {
+				sum = "-"
+			}
+			line("%s\t%s\t%s\t%s", p.Kind, p.Name, p.Version, sum)
+		}
+	} else if r.UKI != nil {
+		line("\npackages: not known, for there is neither an SBOM beside the file nor an image.lock beside it or in --source")
 	}
 	if len(r.Problems) > 0 {
 		line("")

@@ -8,10 +8,14 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
+	"chrysalis/image"
+	"chrysalis/image/imagetest"
 	"chrysalis/image/inspect"
+	"chrysalis/image/provenance"
 	"chrysalis/verity/gpt"
 )
 
@@ -127,11 +131,95 @@ func TestPrintReportCleans(t *testing.T) {
 			Initrd: &inspect.InitrdReport{Entries: []inspect.Entry{entry}}},
 		Disk: &inspect.DiskReport{Partitions: []inspect.PartitionReport{{Name: evil, Verity: &inspect.VerityReport{Model: evil}}}},
 	}
+	list := &provenance.PackageList{From: evil, Detail: evil, Packages: []provenance.Package{{Kind: evil, Name: evil, Version: evil}}}
 	var out bytes.Buffer
-	if err := printReport(&out, report); err != nil {
+	if err := printReport(&out, inspection{report, list}); err != nil {
 		t.Fatal(err)
 	}
 	if strings.ContainsAny(out.String(), "\x1b\x07\t") || strings.Contains(out.String(), "\nsecond") || strings.Contains(out.String(), "title") {
 		t.Errorf("%q", out.String())
+	}
+}
+
+// TestImageInspectPackages looks for the packages of what 'make image' has made:
+// in the SBOM beside it, in a lock, nowhere, and in the SBOM of something else.
+func TestImageInspectPackages(t *testing.T) {
+	source, err := imagetest.Source()
+	if err != nil {
+		t.Fatal(err)
+	}
+	lock, err := image.ReadLock(source)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, artefact := range []struct{ name, tree, kernelOrServer string }{
+		{"chrysalis.efi", "image", "linux-binary-" + image.Kernel}, {"llama.cpp.disk", "engine/llama.cpp", "llama.cpp-tools"},
+	} {
+		built := filepath.Join(source, "out", artefact.name)
+		sum, _, err := image.HashFile(built)
+		if err != nil {
+			imagetest.Missing(t, err)
+		}
+		sbom := func(sum string) func(*testing.T, string, string) {
+			return func(t *testing.T, dir, _ string) {
+				data, err := provenance.SBOM(lock, artefact.tree, artefact.name, sum)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if err := os.WriteFile(filepath.Join(dir, artefact.name+provenance.SBOMSuffix), data, 0o644); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		for _, c := range []struct {
+			name  string
+			setUp func(t *testing.T, dir, source string)
+			code  int
+			want  string // "" for no list
+		}{
+			{"SBOM", sbom(sum), 0, artefact.name + provenance.SBOMSuffix + ": it names the SHA-256 of this file"},
+			{"lock beside it", func(t *testing.T, dir, _ string) { writeLock(t, dir, lock) }, 0, "image.lock: its tree"},
+			{"lock of the source tree", func(t *testing.T, _, source string) { writeLock(t, source, lock) }, 0, "nothing says that this file was made from this lock"},
+			{"none", func(*testing.T, string, string) {}, 0, ""},
+			{"SBOM of another file", sbom(strings.Repeat("a", 64)), 1, ""},
+			{"SBOM that is none", func(t *testing.T, dir, _ string) { alter(t, filepath.Join(dir, artefact.name+provenance.SBOMSuffix)) }, 2, ""},
+		} {
+			t.Run(artefact.name+"/"+c.name, func(t *testing.T) {
+				dir, empty := t.TempDir(), t.TempDir()
+				file := filepath.Join(dir, artefact.name)
+				if err := os.Symlink(built, file); err != nil {
+					t.Fatal(err)
+				}
+				c.setUp(t, dir, empty)
+				cmd := ImageInspectCmd{File: file, Source: empty}
+				out, err := capture(t, func() error { return cmd.Run(t.Context()) })
+				if exitCode(err) != c.code || c.want != "" && !strings.Contains(out, c.want) {
+					t.Fatalf("it ends with %v, and does not print %q:\n%s", err, c.want, out)
+				}
+				cmd.JSON = true
+				out, err = capture(t, func() error { return cmd.Run(t.Context()) })
+				var found struct{ Packages *provenance.PackageList }
+				if exitCode(err) != c.code || c.code < 2 && json.Unmarshal([]byte(out), &found) != nil || (found.Packages != nil) != (c.want != "") {
+					t.Fatalf("--json: it ends with %v, list %+v", err, found.Packages)
+				}
+				if found.Packages != nil {
+					tree, _ := lock.Tree(artefact.tree)
+					p, err := tree.Package(artefact.kernelOrServer)
+					if err != nil {
+						t.Fatal(err)
+					}
+					if !slices.Contains(found.Packages.Packages, provenance.Package{Kind: "deb", Name: p.Name, Version: p.Version, SHA256: p.SHA256}) {
+						t.Errorf("%s is not among %+v", p.Name, found.Packages.Packages)
+					}
+				}
+			})
+		}
+	}
+}
+
+func writeLock(t *testing.T, dir string, lock *image.Lock) {
+	t.Helper()
+	if err := image.WriteLock(dir, lock); err != nil {
+		t.Fatal(err)
 	}
 }

@@ -14,16 +14,27 @@ import (
 )
 
 type cli struct {
-	Up     UpCmd     `cmd:"" help:"Boot a VM and wait until it serves."`
-	Down   DownCmd   `cmd:"" help:"Drain a VM and stop it."`
-	Status StatusCmd `cmd:"" help:"Show the VMs on this machine."`
-	Logs   LogsCmd   `cmd:"" help:"Show what a VM and its programs wrote."`
-	Chat   ChatCmd   `cmd:"" help:"Ask a VM a question."`
+	Up     UpCmd          `cmd:"" help:"Boot a VM and wait until it serves."`
+	Down   DownCmd        `cmd:"" help:"Drain a VM and stop it."`
+	Status StatusCmd      `cmd:"" help:"Show the VMs on this machine."`
+	Logs   LogsCmd        `cmd:"" help:"Show what a VM and its programs wrote."`
+	Verify verifyCommands `cmd:"" help:"Check that a VM is a published one, before anything is sent."`
+	Chat   ChatCmd        `cmd:"" help:"Ask a verified VM a question."`
+	Proxy  ProxyCmd       `cmd:"" help:"Serve a local OpenAI-compatible API that forwards to verified VMs only."`
+
+	Doctor DoctorCmd   `cmd:"" help:"Tell what this machine lacks, and how to mend it."`
+	GPU    gpuCommands `cmd:"" name:"gpu" help:"Hand GPUs to VMs and back."`
 
 	Image  imageCommands  `cmd:"" help:"Build what a VM boots."`
 	Model  modelCommands  `cmd:"" help:"Make and look at model disks."`
 	Engine engineCommands `cmd:"" help:"Make engine disks."`
 	Audit  AuditCmd       `cmd:"" help:"Build a release again and tell whether it is the same."`
+
+	Measure measureCommands `cmd:"" help:"Predict what a VM measures, and say why one differs."`
+
+	Registry registryCommands `cmd:"" help:"Publish on TON what may be measured, and read it without trusting anyone."`
+	Listing  listingCommands  `cmd:"" help:"Offer workers, and find them."`
+	Devnet   DevnetCmd        `cmd:"" help:"Run a local TON chain."`
 
 	Supervise SuperviseCmd `cmd:"" hidden:""`
 }

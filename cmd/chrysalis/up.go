@@ -29,6 +29,7 @@ type UpCmd struct {
 	Model     []string         `placeholder:"FILE" sep:"none" help:"A model disk; repeat it for more (default: demo.disk)."`
 	Manifest  string           `placeholder:"FILE" help:"Use this manifest as it is rather than one made from the disks."`
 	Parameter map[string]int64 `placeholder:"NAME=VALUE" mapsep:"none" help:"A parameter of the engine, an integer; repeat it for more."`
+	Tokens    TokenFlags       `embed:""`
 	Shape     string           `default:"small" help:"The VM's shape, one of those below (default: ${default})."`
 	GPU       []string         `name:"gpu" placeholder:"PCI-ADDRESS" sep:"none" help:"A GPU to pass through, like 0000:b8:00.0; repeat it for more."`
 	Listen    string           `placeholder:"HOST:PORT" help:"Where clients connect; port 0 picks a free one (default: 127.0.0.1:8443, or where the replaced VM listens)."`
@@ -40,6 +41,14 @@ type UpCmd struct {
 	Tools     string           `hidden:"" env:"CHRYSALIS_TOOLS" placeholder:"DIR" help:"The tools root."`
 	JSON      bool             `name:"json" help:"Print one JSON document a line: the steps, then the result."`
 }
+
+// TokenFlags say which clients a VM lets in.
+type TokenFlags struct {
+	TokenHash []string `placeholder:"SHA-256" help:"Let in only clients with a bearer token of this SHA-256, hexadecimal; repeat it for more."`
+	TokenFile string   `placeholder:"FILE" help:"Let in only clients with a bearer token out of this file, one a line; only their hashes leave it."`
+}
+
+func (f TokenFlags) hashes() ([]string, error) { return launcher.TokenHashes(f.TokenHash, f.TokenFile) }
 
 // Help is what 'chrysalis up --help' says below the usage.
 func (*UpCmd) Help() string {
@@ -56,10 +65,14 @@ func (c *UpCmd) Run(ctx context.Context) error {
 	if len(models) == 0 {
 		models = []string{"demo.disk"}
 	}
+	tokens, err := c.Tokens.hashes()
+	if err != nil {
+		return err
+	}
 	show := newProgress(os.Stderr, os.Stdout, c.JSON)
 	instance, err := launcher.Up(ctx, launcher.Options{
 		Name: c.Name, Image: c.Image, Firmware: c.Firmware, Engine: c.Engine, Models: models,
-		Manifest: c.Manifest, Parameters: c.Parameter, Shape: c.Shape, GPUs: c.GPU,
+		Manifest: c.Manifest, Parameters: c.Parameter, Tokens: tokens, Shape: c.Shape, GPUs: c.GPU,
 		Accel: launcher.Accel(c.Accel), Listen: c.Listen, Replace: c.Replace,
 		Timeout: c.Timeout, Drain: c.Drain, Tools: tools,
 	}, show.event)

@@ -74,7 +74,7 @@ func TestPrintStates(t *testing.T) {
 	}
 }
 
-func TestChatEndpoint(t *testing.T) {
+func TestFindEndpoint(t *testing.T) {
 	t.Setenv("XDG_STATE_HOME", t.TempDir())
 	for where, want := range map[string]string{
 		"https://127.0.0.1:8443":  "https://127.0.0.1:8443",
@@ -84,7 +84,7 @@ func TestChatEndpoint(t *testing.T) {
 		"https://":                "",
 		"nobody":                  "",
 	} {
-		got, err := chatEndpoint(context.Background(), where)
+		got, err := findEndpoint(context.Background(), where)
 		if got != want || (want == "") != (err != nil) {
 			t.Errorf("%s: %q, %v", where, got, err)
 		}

@@ -48,6 +48,7 @@ type Options struct {
 	Models     []string         // the model disks
 	Manifest   string           // a manifest file, used as it is; made from the disks when empty
 	Parameters map[string]int64 // of the engine, for a manifest that is made here
+	Tokens     []string         // hashes of clients' tokens, for the same
 	GPUs       int              // that the VM must have, for a manifest that is made here
 	Format     Format
 	Out        string // the file to make
@@ -213,8 +214,8 @@ func (in *inputs) openDisk(ctx context.Context, path string, progress func(strin
 func (in *inputs) setManifest(o Options) (err error) {
 	var m *manifest.Manifest
 	if o.Manifest != "" {
-		if len(o.Parameters) > 0 || o.GPUs != 0 {
-			return errors.New("a manifest file already holds the engine's parameters and the number of GPUs; give either the file or those")
+		if len(o.Parameters) > 0 || len(o.Tokens) > 0 || o.GPUs != 0 {
+			return errors.New("a manifest file already holds the engine's parameters, the clients' tokens and the number of GPUs; give either the file or those")
 		}
 		if in.manifest, err = readBounded(o.Manifest, manifest.MaxSize); err != nil {
 			return fmt.Errorf("read the manifest: %w", err)
@@ -273,7 +274,9 @@ func (in *inputs) makeManifest(o Options) (*manifest.Manifest, error) {
 		}
 		infos = append(infos, info)
 	}
-	return models.Manifest(in.disks[0].Description, infos, o.GPUs, o.Parameters), nil
+	m := models.Manifest(in.disks[0].Description, infos, o.GPUs, o.Parameters)
+	m.Tokens = o.Tokens
+	return m, nil
 }
 
 func (in *inputs) profile() (*profile.Profile, error) {

@@ -74,6 +74,10 @@ func TestWrite(t *testing.T) {
 	if want := map[string]bool{"check " + o.Engine: true, "check " + o.Models[0]: true, "write": true}; !maps.Equal(steps, want) {
 		t.Errorf("progress: %v, expected %v", steps, want)
 	}
+	// What is exported without more ado is the VM that a release's manifest describes.
+	if published := filepath.Join(filepath.Dir(o.Image), "llama.cpp.manifest.json"); !bytes.Equal(read(t, published), r.Manifest) {
+		t.Errorf("the manifest is %s, and not what %s says", r.Manifest, published)
+	}
 	raw := read(t, o.Out)
 	if int64(len(raw)) != r.Size {
 		t.Fatalf("%d bytes, said to be %d", len(raw), r.Size)

@@ -37,7 +37,7 @@ func lock() *image.Lock {
 func build(t *testing.T, changed ...string) string {
 	t.Helper()
 	dir := t.TempDir()
-	p, err := provenance.NewParameters("", []string{"llama.cpp", "llama.cpp"})
+	p, err := provenance.NewParameters("", []string{"llama.cpp", "llama.cpp"}, []string{"demo"})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -144,16 +144,19 @@ func TestParseStatementRefuses(t *testing.T) {
 		{"too large", good, strings.Repeat(" ", provenance.MaxStatement+1), "more than 65536 bytes"},
 		{"unknown field", `"_type"`, `"more": 1, "_type"`, "unknown field"},
 		{"wrong JSON type", `"subject": [`, `"subject": 5, "x": [`, "subject is a JSON number"},
-		{"duplicate key", `"profile": ""`, `"profile": "x", "profile": ""`, "line 34 is not as"},
+		{"duplicate key", `"profile": ""`, `"profile": "x", "profile": ""`, "line 46 is not as"},
 		{"other spelling", "{\n", "{", "line 1 is not as"},
 		{"something after it", "}\n}\n", "}\n}\n{}\n", "is not as"},
 		{"type", "in-toto.io/Statement/v1", "in-toto.io/Statement/v0.1", "its _type is"},
 		{"predicate", "provenance/v1", "provenance/v0.2", "its predicateType is"},
-		{"build type", "build:image:1", "build:image:2", "its buildType is"},
+		{"build type", "build:image:2", "build:image:1", "its buildType is"},
 		{"builder", "builder:unattested", "builder:trusted", "its builder is"},
 		{"profile leads out", `"profile": ""`, `"profile": "../x"`, "is not a profile's name"},
-		{"engine leads out", `"llama.cpp"` + "\n", `"../llama"` + "\n", "is not an engine's name"},
+		{"engine leads out", `"llama.cpp"` + "\n", `"../llama"` + "\n", "is not the name of an engine"},
 		{"engine twice", `"llama.cpp"` + "\n", `"llama.cpp", "llama.cpp"` + "\n", "there twice"},
+		{"model leads out", `"demo"` + "\n", `"../demo"` + "\n", "is not the name of a model"},
+		{"model called as the engine", `"demo"` + "\n", `"llama.cpp"` + "\n", "an engine and a model are both called llama.cpp"},
+		{"no models", `"models": [` + "\n          \"demo\"\n        ]", `"models": []`, "its subjects are"},
 		{"profile of other files", `"profile": ""`, `"profile": "debug"`, "its subjects are"},
 		{"subject leads out", `"chrysalis.efi"`, `"../chrysalis.efi"`, "its subjects are"},
 		{"commit is a branch", strings.Repeat("c", 40), "main", "fixed by a commit"},

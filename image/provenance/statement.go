@@ -14,7 +14,6 @@ package provenance
 
 import (
 	"bytes"
-	"context"
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
@@ -34,7 +33,7 @@ import (
 const (
 	statementType = "https://in-toto.io/Statement/v1"    // in-toto attestation framework, Statement v1
 	predicateType = "https://slsa.dev/provenance/v1"     // SLSA 1.0, Provenance
-	buildType     = "urn:chrysalis:build:image:1"        // 'chrysalis image build'
+	buildType     = "urn:chrysalis:build:image:2"        // 'chrysalis image build'
 	builderID     = "urn:chrysalis:builder:unattested:1" // whoever ran it: nobody vouches for them
 	sourceName    = "source"
 )
@@ -43,6 +42,7 @@ const (
 const (
 	SBOMSuffix      = ".cdx.json"
 	StatementSuffix = ".provenance.json"
+	ManifestSuffix  = ".manifest.json"
 	imageTree       = "image"
 	imageName       = "chrysalis"
 )
@@ -94,6 +94,7 @@ type BuildDefinition struct {
 type Parameters struct {
 	Profile string   `json:"profile"` // "" for the image that is published
 	Engines []string `json:"engines"` // sorted
+	Models  []string `json:"models"`  // folders under models/, sorted
 }
 
 // RunDetails tell by what it was built.
@@ -114,21 +115,24 @@ type Versions struct {
 }
 
 var (
-	// parameterRE is a profile or an engine, which are names of files here.
+	// parameterRE is a profile, an engine or a model, which are names of files here.
 	parameterRE = regexp.MustCompile(`^[a-z0-9][a-z0-9._+-]{0,63}$`)
 	sha256RE    = regexp.MustCompile(`^[0-9a-f]{64}$`)
 	goRE        = regexp.MustCompile(`^go1\.[0-9a-z.]{1,16}$`)
 	toolsRE     = regexp.MustCompile(`^[0-9a-f]{16}$`)
 )
 
-const maxEngines = 16
+const maxDisks = 16 // engines, and models
 
 // NewParameters returns what 'chrysalis image build' was asked for, in the form
 // that a statement has.
-func NewParameters(profile string, engines []string) (Parameters, error) {
-	p := Parameters{profile, append([]string{}, engines...)}
-	slices.Sort(p.Engines)
-	p.Engines = slices.Compact(p.Engines)
+func NewParameters(profile string, engines, models []string) (Parameters, error) {
+	set := func(names []string) []string {
+		names = append([]string{}, names...)
+		slices.Sort(names)
+		return slices.Compact(names)
+	}
+	p := Parameters{profile, set(engines), set(models)}
 	return p, p.check()
 }
 
@@ -137,15 +141,22 @@ func (p Parameters) check() error {
 	if p.Profile != "" && !parameterRE.MatchString(p.Profile) {
 		return fmt.Errorf("%q is not a profile's name", p.Profile)
 	}
-	if len(p.Engines) > maxEngines {
-		return fmt.Errorf("it has %d engines, at most %d are allowed", len(p.Engines), maxEngines)
-	}
-	for i, name := range p.Engines {
-		if !parameterRE.MatchString(name) {
-			return fmt.Errorf("%q is not an engine's name", name)
+	for _, disks := range []struct {
+		kind, article string
+		names         []string
+	}{{"engine", "an engine", p.Engines}, {"model", "a model", p.Models}} {
+		if len(disks.names) > maxDisks {
+			return fmt.Errorf("it has %d %ss, at most %d are allowed", len(disks.names), disks.kind, maxDisks)
 		}
-		if i > 0 && p.Engines[i-1] >= name {
-			return fmt.Errorf("engine %s is there twice or out of order", name)
+		for i, name := range disks.names {
+			switch {
+			case !parameterRE.MatchString(name):
+				return fmt.Errorf("%q is not the name of %s", name, disks.article)
+			case i > 0 && disks.names[i-1] >= name:
+				return fmt.Errorf("%s %s is there twice or out of order", disks.kind, name)
+			case disks.kind == "model" && slices.Contains(p.Engines, name):
+				return fmt.Errorf("an engine and a model are both called %s, and so would their disks be", name)
+			}
 		}
 	}
 	return nil
@@ -165,27 +176,51 @@ func (p Parameters) UKI() string { return p.Image() + ".efi" }
 // Statement is the file name of the statement.
 func (p Parameters) Statement() string { return p.Image() + StatementSuffix }
 
-// Artefacts are the names of what is built, sorted.
+// Artefacts are the names of what is built, sorted: the image, the disks and, for
+// each engine that has models to serve, a manifest.
 func (p Parameters) Artefacts() []string {
+	names := p.packaged()
+	for _, model := range p.Models {
+		names = append(names, modelDisk(model))
+	}
+	names = append(names, p.Manifests()...)
+	slices.Sort(names)
+	return names
+}
+
+// Manifests are the names of the manifests, in the order of the engines.
+func (p Parameters) Manifests() []string {
+	var names []string
+	for _, engine := range p.Engines {
+		if len(p.Models) > 0 {
+			names = append(names, manifestFile(engine))
+		}
+	}
+	return names
+}
+
+// packaged are the artefacts that are made of packages.
+func (p Parameters) packaged() []string {
 	names := []string{p.UKI()}
 	for _, engine := range p.Engines {
 		names = append(names, engineDisk(engine))
 	}
-	slices.Sort(names)
 	return names
 }
 
 // Subjects are the names of all that a statement is about, sorted.
 func (p Parameters) Subjects() []string {
-	var names []string
-	for _, name := range p.Artefacts() {
-		names = append(names, name, name+SBOMSuffix)
+	names := p.Artefacts()
+	for _, name := range p.packaged() {
+		names = append(names, name+SBOMSuffix)
 	}
 	slices.Sort(names)
 	return names
 }
 
-func engineDisk(engine string) string { return engine + ".disk" }
+func engineDisk(engine string) string   { return engine + ".disk" }
+func modelDisk(model string) string     { return model + ".disk" }
+func manifestFile(engine string) string { return engine + ManifestSuffix }
 
 // A Build is what there is to say about artefacts that were built.
 type Build struct {
@@ -193,30 +228,6 @@ type Build struct {
 	Lock   *image.Lock
 	Tools  string // key of the tools root
 	Source Source
-}
-
-// Make builds the artefacts and writes an SBOM beside each. What it returns lacks
-// the source.
-func Make(ctx context.Context, b *image.Builder, p Parameters) (Build, error) {
-	if _, err := b.UKI(ctx, p.Profile); err != nil {
-		return Build{}, err
-	}
-	for _, engine := range p.Engines {
-		if _, err := b.Engine(ctx, engine); err != nil {
-			return Build{}, err
-		}
-	}
-	lock, err := image.ReadLock(b.Source)
-	if err != nil {
-		return Build{}, err
-	}
-	tools, err := image.OpenTools(lock)
-	if err != nil {
-		return Build{}, err
-	}
-	// A cached tools root is named by its key.
-	made := Build{Parameters: p, Lock: lock, Tools: filepath.Base(tools.Dir)}
-	return made, made.WriteSBOMs(b.Out)
 }
 
 // WriteSBOMs writes an SBOM beside each artefact in the folder.
@@ -228,7 +239,7 @@ func (b Build) WriteSBOMs(dir string) error {
 	for _, engine := range b.Engines {
 		trees[engineDisk(engine)] = "engine/" + engine
 	}
-	for _, name := range b.Artefacts() {
+	for _, name := range b.packaged() {
 		sum, _, err := image.HashFile(filepath.Join(dir, name))
 		if err != nil {
 			return err
@@ -256,7 +267,7 @@ func (b Build) WriteStatement(dir string) (string, error) {
 	s := Statement{Type: statementType, PredicateType: predicateType, Predicate: Predicate{
 		BuildDefinition: BuildDefinition{
 			BuildType:          buildType,
-			ExternalParameters: Parameters{b.Profile, append([]string{}, b.Engines...)},
+			ExternalParameters: Parameters{b.Profile, append([]string{}, b.Engines...), append([]string{}, b.Models...)},
 			ResolvedDependencies: []Resource{
 				source, {Name: image.LockName, Digest: Digest{SHA256: hex.EncodeToString(lockSum[:])}},
 			},

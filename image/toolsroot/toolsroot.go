@@ -54,9 +54,13 @@ func Open(dir string) (*Root, error) {
 	return &Root{Dir: dir}, nil
 }
 
-// Seal marks the tree at dir as complete.
-func Seal(dir string) error {
-	if err := os.WriteFile(filepath.Join(dir, stamp), nil, 0o644); err != nil {
+// Seal marks the tree at dir as complete and notes what is in it, for Verify.
+func Seal(ctx context.Context, dir string) error {
+	list, err := (&Root{Dir: dir}).List(ctx)
+	if err != nil {
+		return err
+	}
+	if err := os.WriteFile(filepath.Join(dir, stamp), seal(list), 0o644); err != nil {
 		return fmt.Errorf("complete the tools root: %w", err)
 	}
 	return nil

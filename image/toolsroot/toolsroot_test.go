@@ -27,14 +27,14 @@ func TestOpen(t *testing.T) {
 		t.Fatal(err)
 	}
 	refused("half made")
-	if err := toolsroot.Seal(dir); err != nil {
+	if err := toolsroot.Seal(t.Context(), dir); err != nil {
 		t.Fatal(err)
 	}
 	root, err := toolsroot.Open(dir)
 	if err != nil || root.Dir != dir {
 		t.Errorf("%+v, %v", root, err)
 	}
-	if err := toolsroot.Seal(filepath.Join(dir, "nowhere")); !errors.Is(err, os.ErrNotExist) {
+	if err := toolsroot.Seal(t.Context(), filepath.Join(dir, "nowhere")); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("sealing nothing: %v", err)
 	}
 }

@@ -1,0 +1,129 @@
+package api
+
+import (
+	"context"
+	"encoding/base64"
+	"errors"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"chrysalis/agent/proof"
+	"chrysalis/attest/evidence"
+	"chrysalis/manifest"
+)
+
+func TestEvidence(t *testing.T) {
+	const doc = `{"version":1}`
+	var asked [evidence.NonceSize]byte
+	b := start(t, nil, func(c *Config) {
+		c.Evidence = func(_ context.Context, nonce [evidence.NonceSize]byte) ([]byte, error) {
+			asked = nonce
+			return []byte(doc), nil
+		}
+	}, nil)
+	// Whether the engine answers does not matter.
+	b.ready.Store(false)
+	nonce := [evidence.NonceSize]byte{0xff, 0xef, 31: 7}
+	resp, body := b.do(t, b.request(t, "GET", evidence.Path+"?nonce="+base64.RawURLEncoding.EncodeToString(nonce[:]), ""))
+	if resp.StatusCode != 200 || body != doc || asked != nonce {
+		t.Errorf("%s %s, asked for %x", resp.Status, body, asked)
+	}
+
+	good := strings.Repeat("A", 43)
+	for name, query := range map[string]string{
+		"none": "", "empty": "?", "no value": "?nonce", "no nonce": "?nonce=", "short": "?nonce=" + good[1:], "long": "?nonce=" + good + "A",
+		"padded": "?nonce=" + good + "=", "bits left over": "?nonce=" + good[1:] + "B", "the other alphabet": "?nonce=+/" + good[2:],
+		"twice": "?nonce=" + good + "&nonce=" + good, "more": "?nonce=" + good + "&x", "another name": "?Nonce=" + good,
+		"escaped": "?nonce=%41" + good[1:], "two marks": "??nonce=" + good, "a line break": "?nonce=" + good[2:] + "%0A",
+	} {
+		resp, body := b.do(t, b.request(t, "GET", evidence.Path+query, ""))
+		if param := wantError(t, resp, body, 400, "nonce_invalid"); param != "nonce" {
+			t.Errorf("%s: the parameter %q", name, param)
+		}
+	}
+	resp, body = b.do(t, b.request(t, "POST", evidence.Path+"?nonce="+good, "{}"))
+	wantError(t, resp, body, 405, "method_not_allowed")
+	resp, body = b.do(t, b.request(t, "GET", evidence.Path+"?nonce="+good, "{}"))
+	wantError(t, resp, body, 400, "body_not_allowed")
+	b.Drain()
+	resp, body = b.do(t, b.request(t, "GET", evidence.Path+"?nonce="+good, ""))
+	wantError(t, resp, body, 503, "draining")
+}
+
+func TestEvidenceFails(t *testing.T) {
+	for _, c := range []struct {
+		err    error
+		status int
+		code   string
+	}{
+		{proof.ErrBusy, 429, "busy"},
+		{proof.ErrTimeout, 503, "evidence_failed"},
+		{errors.New("the TPM's own words"), 503, "evidence_failed"},
+	} {
+		b := start(t, nil, func(conf *Config) {
+			conf.Evidence = func(context.Context, [evidence.NonceSize]byte) ([]byte, error) { return nil, c.err }
+		}, nil)
+		resp, body := b.do(t, b.request(t, "GET", evidence.Path+"?nonce="+strings.Repeat("A", 43), ""))
+		wantError(t, resp, body, c.status, c.code)
+		if resp.Header.Get("Retry-After") == "" || strings.Contains(body, "TPM") {
+			t.Errorf("%v %s", resp.Header, body)
+		}
+	}
+}
+
+// What clients that read slowly hold is bounded by the memory for bodies.
+func TestEvidenceMemory(t *testing.T) {
+	doc := []byte(strings.Repeat("x", 100<<10))
+	b := start(t, nil, func(c *Config) {
+		c.Limits = manifest.DefaultLimits
+		c.Limits.BodyBytes = 1 << 10
+		c.BodyMemory = 64 << 10
+		c.Evidence = func(context.Context, [evidence.NonceSize]byte) ([]byte, error) { return doc, nil }
+	}, nil)
+	query := evidence.Path + "?nonce=" + strings.Repeat("A", 43)
+	resp, body := b.do(t, b.request(t, "GET", query, ""))
+	wantError(t, resp, body, 429, "busy")
+	b.memory.Add(100 << 10)
+	if resp, _ := b.do(t, b.request(t, "GET", query, "")); resp.StatusCode != 200 {
+		t.Error(resp.Status)
+	}
+}
+
+// Who waits for evidence takes nobody's place, and a time limit that is about the
+// engine does not end the wait.
+func TestEvidenceTakesNoPlace(t *testing.T) {
+	release := make(chan struct{})
+	var waiting atomic.Int32
+	b := start(t, answer, func(c *Config) {
+		c.Limits.Concurrency = 1
+		c.Evidence = func(context.Context, [evidence.NonceSize]byte) ([]byte, error) {
+			waiting.Add(1)
+			<-release
+			return []byte("{}"), nil
+		}
+	}, func(s *Server) { s.total = 100 * time.Millisecond })
+	var all sync.WaitGroup
+	for range 100 {
+		all.Go(func() {
+			resp, err := b.client.Do(b.request(t, "GET", evidence.Path+"?nonce="+strings.Repeat("A", 43), ""))
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			resp.Body.Close()
+			if resp.StatusCode != 200 {
+				t.Error(resp.Status)
+			}
+		})
+	}
+	eventually(t, "all of them wait", func() bool { return waiting.Load() == 100 })
+	if resp, body := b.post(t, "/v1/chat/completions", hello); resp.StatusCode != 200 {
+		t.Errorf("a client beside them got %s: %s", resp.Status, body)
+	}
+	time.Sleep(150 * time.Millisecond)
+	close(release)
+	all.Wait()
+}

@@ -1,0 +1,131 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+	"text/tabwriter"
+
+	"chrysalis/launcher"
+	"chrysalis/launcher/gpu"
+	"chrysalis/terminal"
+)
+
+type gpuCommands struct {
+	List    GPUListCmd    `cmd:"" help:"Show the NVIDIA GPUs of this machine."`
+	Prepare GPUPrepareCmd `cmd:"" help:"Take a GPU from its driver and make it ready for a VM."`
+	Release GPUReleaseCmd `cmd:"" help:"Make a GPU what it was before 'gpu prepare'."`
+}
+
+// hostGPUs is the machine that the program runs on.
+func hostGPUs() *gpu.Host { return &gpu.Host{Root: "/"} }
+
+// GPUListCmd lists GPUs. It changes nothing.
+type GPUListCmd struct {
+	JSON bool `name:"json" help:"Print a JSON list."`
+}
+
+// Run prints the table.
+func (c *GPUListCmd) Run() error {
+	gpus, err := hostGPUs().List()
+	if err != nil {
+		return err
+	}
+	if c.JSON {
+		return json.NewEncoder(os.Stdout).Encode(append([]gpu.GPU{}, gpus...))
+	}
+	if len(gpus) == 0 {
+		fmt.Fprintln(os.Stderr, "there is no NVIDIA GPU on this machine")
+		return nil
+	}
+	return printGPUs(os.Stdout, gpus)
+}
+
+func printGPUs(out io.Writer, gpus []gpu.GPU) error {
+	table := tabwriter.NewWriter(terminal.NewWriter(out), 0, 8, 2, ' ', 0)
+	fmt.Fprintln(table, "ADDRESS\tMODEL\tCC MODE\tDRIVER\tGROUP\tNUMA\tLARGEST BAR\tUSED BY")
+	for _, g := range gpus {
+		largest := uint64(0)
+		for _, size := range g.BARs {
+			largest = max(largest, size)
+		}
+		used := g.Processes
+		if g.Display != "" {
+			used = append([]string{"display"}, used...)
+		}
+		mode := string(g.Mode)
+		if g.ModeNote != "" {
+			mode += " (" + g.ModeNote + ")"
+		}
+		fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%d\t%d MiB\t%s\n", g.Address, cmp.Or(g.Name, "10de:"+g.DeviceID), mode,
+			cmp.Or(g.Driver, "-"), cmp.Or(g.Group, "-"), g.NUMANode, largest>>20, terminal.Line(cmp.Or(strings.Join(used, ", "), "-")))
+	}
+	return table.Flush()
+}
+
+// GPUPrepareCmd prepares a GPU.
+type GPUPrepareCmd struct {
+	Address     string `arg:"" help:"The GPU's PCI address, like 0000:b8:00.0."`
+	CC          string `name:"cc" enum:"on,off,keep" default:"keep" help:"The confidential-computing mode to set: on, off or keep. Only a GPU whose mode is on proves anything to clients."`
+	Tools       string `name:"gpu-admin-tools" placeholder:"PATH" help:"NVIDIA's gpu-admin-tools, to change the mode with."`
+	ToolsSHA256 string `name:"gpu-admin-tools-sha256" placeholder:"HEX" help:"The digest that they must have."`
+	DryRun      bool   `short:"n" help:"Print each step and do nothing."`
+}
+
+// Run prepares the GPU, or undoes what it did.
+func (c *GPUPrepareCmd) Run(ctx context.Context) error {
+	dir, err := launcher.StateDir()
+	if err != nil {
+		return err
+	}
+	o := gpu.Options{StateDir: dir, Tools: c.Tools, ToolsSHA256: c.ToolsSHA256}
+	if c.CC != "keep" {
+		o.Mode = gpu.Mode(c.CC)
+	}
+	plan, err := hostGPUs().Prepare(c.Address, o)
+	if err != nil {
+		return err
+	}
+	return carryOut(ctx, plan, c.DryRun, c.Address+" is prepared; start a VM with 'chrysalis up --gpu "+c.Address+"'")
+}
+
+// GPUReleaseCmd hands a GPU back.
+type GPUReleaseCmd struct {
+	Address string `arg:"" help:"The GPU's PCI address."`
+	DryRun  bool   `short:"n" help:"Print each step and do nothing."`
+}
+
+// Run releases the GPU.
+func (c *GPUReleaseCmd) Run(ctx context.Context) error {
+	dir, err := launcher.StateDir()
+	if err != nil {
+		return err
+	}
+	plan, err := hostGPUs().Release(c.Address, dir)
+	if err != nil {
+		return err
+	}
+	return carryOut(ctx, plan, c.DryRun, c.Address+" is what it was")
+}
+
+// carryOut does a plan, or prints it.
+func carryOut(ctx context.Context, plan *gpu.Plan, dry bool, done string) error {
+	if dry {
+		for i, s := range plan.Steps {
+			fmt.Printf("%d. %s\n", i+1, terminal.Line(s.What))
+		}
+		if len(plan.Steps) == 0 {
+			fmt.Println("there is nothing to do")
+		}
+		return nil
+	}
+	err := plan.Do(ctx, func(what string) { fmt.Fprintln(os.Stderr, terminal.Line(what)) })
+	if err == nil {
+		fmt.Println(terminal.Line(done))
+	}
+	return err
+}

@@ -1,0 +1,139 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log"
+	"net"
+	"net/http"
+	"os"
+	"strings"
+	"sync"
+	"time"
+
+	"chrysalis/attest"
+	"chrysalis/proxy"
+	"chrysalis/terminal"
+)
+
+// ProxyCmd serves a local API that forwards to verified VMs.
+type ProxyCmd struct {
+	trustFlags
+	Listen    string   `default:"127.0.0.1:8080" placeholder:"HOST:PORT" help:"Where to listen; port 0 picks a free one (default: ${default})."`
+	Worker    []string `placeholder:"URL|NAME" sep:"none" help:"A VM to forward to: https://HOST:PORT, or the name of a VM on this machine; repeat it for more (default: default)."`
+	TokenFile string   `placeholder:"FILE" help:"A file with the token that the workers ask for. Without one, what the client sends as its API key is passed on to them."`
+}
+
+// Help is what 'chrysalis proxy --help' says below the usage.
+func (*ProxyCmd) Help() string {
+	return "Point any OpenAI client at the address that is printed. Requests go to verified workers only; the page at / shows every check, /metrics counts."
+}
+
+// Run serves until it is interrupted.
+func (c *ProxyCmd) Run(ctx context.Context) error {
+	if err := c.run(ctx); err != nil {
+		return &exitError{exitNotChecked, err}
+	}
+	return nil
+}
+
+func (c *ProxyCmd) run(ctx context.Context) error {
+	t, err := c.load()
+	if err != nil {
+		return err
+	}
+	options := proxy.Options{Policy: t.policy, Records: t.records, Collateral: t.collateral}
+	if options.Token, err = readToken(c.TokenFile); err != nil {
+		return err
+	}
+	names := c.Worker
+	if len(names) == 0 {
+		names = []string{"default"}
+	}
+	for _, name := range names {
+		endpoint, err := findEndpoint(ctx, name)
+		if err != nil {
+			return err
+		}
+		options.Workers = append(options.Workers, endpoint)
+	}
+	listener, err := new(net.ListenConfig).Listen(ctx, "tcp", c.Listen)
+	if err != nil {
+		return err
+	}
+	defer listener.Close()
+	if tcp, ok := listener.Addr().(*net.TCPAddr); ok {
+		options.Loopback = tcp.IP.IsLoopback()
+	}
+	if !options.Loopback {
+		fmt.Fprintf(os.Stderr, "note: %s can be reached from other machines, without TLS and without a password\n", listener.Addr())
+	}
+	options.Verified = (&verdictLog{w: os.Stderr, last: map[string]string{}}).note
+	p, err := proxy.New(options)
+	if err != nil {
+		return err
+	}
+	server := &http.Server{Handler: p, ReadHeaderTimeout: 30 * time.Second, ErrorLog: log.New(io.Discard, "", 0)}
+	failed := make(chan error, 1)
+	go func() { failed <- server.Serve(listener) }()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	go p.Run(ctx, func() { fmt.Printf("http://%s/v1\n", listener.Addr()) })
+	select {
+	case err := <-failed:
+		return err
+	case <-ctx.Done():
+	}
+	// Answers that have begun may end.
+	end, stop := context.WithTimeout(context.Background(), 10*time.Second)
+	defer stop()
+	if err := server.Shutdown(end); err != nil && !errors.Is(err, context.DeadlineExceeded) {
+		return err
+	}
+	return nil
+}
+
+// readToken reads a file that holds one token; it is empty when there is no file.
+func readToken(path string) (string, error) {
+	if path == "" {
+		return "", nil
+	}
+	data, err := readFile(path, 4<<10)
+	if err != nil {
+		return "", err
+	}
+	token := strings.TrimSpace(string(data))
+	if token == "" || strings.ContainsFunc(token, func(r rune) bool { return r <= ' ' || r > '~' }) {
+		return "", fmt.Errorf("%s does not hold one token", path)
+	}
+	return token, nil
+}
+
+// verdictLog says when what is known of a worker changes.
+type verdictLog struct {
+	mu   sync.Mutex
+	w    io.Writer
+	last map[string]string
+}
+
+func (l *verdictLog) note(endpoint string, session *attest.Session, err error) {
+	var text string
+	switch {
+	case session != nil:
+		text = conclusion(session)
+		if c := session.Verdict.First(); c != nil {
+			text += " " + c.String()
+		}
+	case err != nil:
+		text = endpoint + " does not answer: " + err.Error()
+	}
+	text = terminal.Line(text)
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if text != "" && l.last[endpoint] != text {
+		l.last[endpoint] = text
+		fmt.Fprintln(l.w, text)
+	}
+}

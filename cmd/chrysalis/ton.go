@@ -1,0 +1,138 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"math/big"
+	"os"
+	"path/filepath"
+	"strconv"
+	"time"
+
+	"chrysalis/devnet"
+	"chrysalis/launcher"
+	"chrysalis/registry"
+	"chrysalis/registry/lite"
+)
+
+// exitUnknown is the status of a command that sent a message and does not know what
+// became of it.
+const exitUnknown = 3
+
+// tonFlags say which network to read, and what to trust.
+type tonFlags struct {
+	Network      string        `default:"mainnet" env:"CHRYSALIS_TON_NETWORK" placeholder:"NAME" help:"mainnet, testnet, devnet, or a network's global id (default: ${default})."`
+	GlobalConfig string        `env:"CHRYSALIS_TON_CONFIG" placeholder:"FILE" help:"The global config that lists liteservers; a devnet's is found by itself."`
+	KeyBlock     string        `placeholder:"SEQNO:ROOT:FILE" help:"Prove everything from this key block rather than the one that the program has."`
+	MaxAge       time.Duration `default:"2m" help:"How old the last block may be (default: ${default})."`
+	Liteservers  int           `default:"3" help:"How many liteservers are asked for the last block (default: ${default})."`
+}
+
+// devnetDir is where a devnet is kept unless it is told otherwise.
+func devnetDir() (string, error) {
+	state, err := launcher.StateDir()
+	if err != nil {
+		return "", err
+	}
+	return filepath.Join(state, "devnet"), nil
+}
+
+const globalConfigName = "global.config.json"
+
+// network finds the network and its liteservers.
+func (f *tonFlags) network() (n lite.Network, err error) {
+	path := f.GlobalConfig
+	switch known, ok := lite.Known(f.Network); {
+	case ok:
+		n = known
+	case f.Network == "devnet":
+		n = lite.Network{Name: "devnet", GlobalID: devnet.DefaultGlobalID}
+		if path == "" {
+			dir, err := devnetDir()
+			if err != nil {
+				return n, err
+			}
+			path = filepath.Join(dir, globalConfigName)
+		}
+	default:
+		id, err := strconv.ParseInt(f.Network, 10, 32)
+		if err != nil {
+			return n, fmt.Errorf("--network: %q is neither mainnet, testnet, devnet nor a global id", f.Network)
+		}
+		n = lite.Network{Name: f.Network, GlobalID: int32(id)}
+	}
+	if f.KeyBlock != "" {
+		if n.KeyBlock, err = lite.ParseBlockID(f.KeyBlock); err != nil {
+			return n, fmt.Errorf("--key-block: %w", err)
+		}
+	}
+	if path == "" {
+		return n, fmt.Errorf("give the global config of %s with --global-config; it lists liteservers, which are not trusted", n.Name)
+	}
+	data, err := os.ReadFile(path)
+	if errors.Is(err, os.ErrNotExist) && n.Name == "devnet" {
+		return n, fmt.Errorf("no devnet runs (there is no %s); start one with 'chrysalis devnet'", path)
+	}
+	if err != nil {
+		return n, err
+	}
+	if err := n.ReadGlobalConfig(data); err != nil {
+		return n, fmt.Errorf("%s: %w", path, err)
+	}
+	return n, nil
+}
+
+// reader connects to the network. What was seen of it is remembered in the state
+// folder, one file for each block that is trusted.
+func (f *tonFlags) reader() (registry.Reader, error) {
+	n, err := f.network()
+	if err != nil {
+		return registry.Reader{}, err
+	}
+	state, err := launcher.StateDir()
+	if err != nil {
+		return registry.Reader{}, err
+	}
+	name := fmt.Sprintf("seen-%d-%x.json", n.GlobalID, n.KeyBlock.RootHash[:8])
+	client, err := lite.New(n, lite.Options{
+		Memory: lite.FileMemory(filepath.Join(state, "ton", name)), MaxAge: f.MaxAge, Servers: f.Liteservers,
+	})
+	return registry.Reader{Client: client, Key: registry.DeriveKey}, err
+}
+
+// walletFlags say who pays.
+type walletFlags struct {
+	KeyFile string `required:"" env:"CHRYSALIS_TON_KEY" placeholder:"FILE" help:"The wallet's 24 words, or its seed of 64 hexadecimal digits; nobody else may read the file."`
+	Wallet  string `enum:"v4r2,v5r1" default:"v5r1" help:"The wallet's version, v4r2 or v5r1 (default: ${default})."`
+	DryRun  bool   `help:"Show the message and what it costs, and send nothing."`
+	JSON    bool   `name:"json" help:"Print one JSON document a line."`
+}
+
+// publisher is the wallet's, of this registry, or with "" of its own.
+func (f *walletFlags) publisher(ton *tonFlags, address string, show *steps) (*registry.Publisher, error) {
+	key, err := registry.LoadKey(f.KeyFile)
+	if err != nil {
+		return nil, err
+	}
+	reader, err := ton.reader()
+	if err != nil {
+		return nil, err
+	}
+	wallet, err := registry.NewWallet(key, f.Wallet, reader.Client.Network().GlobalID)
+	if err != nil {
+		return nil, err
+	}
+	p := &registry.Publisher{
+		Reader: reader, Wallet: wallet, Registry: registry.AddressOfWallet(wallet),
+		Progress: func(what string) { show.step(what, 0, 0) },
+	}
+	if address != "" {
+		if p.Registry, err = lite.ParseAddress(address); err != nil {
+			return nil, err
+		}
+	}
+	return p, nil
+}
+
+// tonAmount is an amount of TON in nanotons.
+func tonAmount(ton int64) *big.Int { return new(big.Int).Mul(big.NewInt(ton), big.NewInt(1e9)) }

@@ -1,0 +1,92 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+
+	"chrysalis/attest"
+	"chrysalis/launcher"
+	"chrysalis/measure/record"
+)
+
+// trustFlags say what a client accepts.
+type trustFlags struct {
+	Record               []string `placeholder:"FILE" sep:"none" help:"A measurement record of what may answer, as 'chrysalis measure' makes it; repeat it for more."`
+	Policy               string   `placeholder:"FILE" help:"A policy (default: the strictest)."`
+	AllowNotConfidential bool     `help:"Accept a VM whose owner can read it: the evidence of a software TPM, this machine's included. For development."`
+}
+
+// trust is what trustFlags stand for.
+type trust struct {
+	policy     *attest.Policy
+	records    []*record.File
+	collateral attest.Source
+}
+
+func (f *trustFlags) load() (*trust, error) {
+	t := &trust{policy: attest.NewPolicy()}
+	if f.Policy != "" {
+		data, err := readFile(f.Policy, attest.MaxPolicy)
+		if err != nil {
+			return nil, err
+		}
+		if t.policy, err = attest.ParsePolicy(data); err != nil {
+			return nil, fmt.Errorf("%s: %w", f.Policy, err)
+		}
+	}
+	if f.AllowNotConfidential {
+		path, err := launcher.DevelopmentRoot("")
+		if err != nil {
+			return nil, err
+		}
+		pem, err := readFile(path, 64<<10)
+		if err != nil {
+			return nil, err
+		}
+		t.policy.AllowNotConfidential = true
+		t.policy.DevelopmentRoots = append(t.policy.DevelopmentRoots, string(pem))
+		if err := t.policy.Check(); err != nil {
+			return nil, err
+		}
+	}
+	for _, path := range f.Record {
+		data, err := readFile(path, record.MaxFile)
+		if err != nil {
+			return nil, err
+		}
+		file, err := record.ParseFile(data)
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", path, err)
+		}
+		t.records = append(t.records, file)
+	}
+	cache, err := os.UserCacheDir()
+	if err != nil {
+		return nil, err
+	}
+	t.collateral = &attest.Cache{Dir: filepath.Join(cache, "chrysalis", "collateral"), From: &attest.PCS{}}
+	return t, nil
+}
+
+// transport returns a verifying client.
+func (t *trust) transport() *attest.Transport {
+	return &attest.Transport{Policy: t.policy, Records: t.records, Collateral: t.collateral}
+}
+
+func readFile(path string, limit int64) ([]byte, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	data, err := io.ReadAll(io.LimitReader(f, limit+1))
+	if err != nil {
+		return nil, err
+	}
+	if int64(len(data)) > limit {
+		return nil, fmt.Errorf("%s is larger than %d bytes", path, limit)
+	}
+	return data, nil
+}

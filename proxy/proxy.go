@@ -1,0 +1,276 @@
+// Package proxy is a local OpenAI-compatible endpoint that forwards to verified
+// VMs only. An application that knows nothing of attestation points its client at
+// it and gets all of the checks of package attest.
+//
+// A request goes to the worker with the fewest requests in flight. Until the first
+// byte of its answer it can go to another one instead; both have been verified. A
+// worker is verified over the very connection that carries the request, and again
+// in the background before the policy's age is reached, so that no request waits
+// for it.
+//
+// Neither prompts nor answers nor tokens are written anywhere.
+package proxy
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"net"
+	"net/http"
+	"net/url"
+	"slices"
+	"strings"
+	"time"
+
+	"chrysalis/attest"
+	"chrysalis/attest/receipt"
+	"chrysalis/measure/record"
+	"chrysalis/terminal"
+)
+
+// MaxBody is the largest request, in bytes: the largest that a VM takes.
+const MaxBody = 16 << 20
+
+// Options are what a proxy needs.
+type Options struct {
+	Workers    []string // endpoints, https://HOST:PORT
+	Policy     *attest.Policy
+	Records    []*record.File
+	Collateral attest.Source
+	// Token, if there is one, is sent to the workers in place of what the client
+	// sends as its API key.
+	Token string
+	// Loopback says that only this machine can connect: then requests that a web
+	// page elsewhere makes a browser send are refused.
+	Loopback bool
+	// Verified is called after every verification, good or bad.
+	Verified func(endpoint string, session *attest.Session, err error)
+}
+
+// Proxy is an http.Handler.
+type Proxy struct {
+	options Options
+	workers []*worker
+	mux     *http.ServeMux
+	metrics *metrics
+}
+
+// New returns a proxy. Nothing is verified until Run or a request.
+func New(options Options) (*Proxy, error) {
+	if len(options.Workers) == 0 {
+		return nil, errors.New("there is no worker to forward to")
+	}
+	p := &Proxy{options: options, metrics: newMetrics()}
+	for _, endpoint := range options.Workers {
+		u, err := url.Parse(endpoint)
+		if err != nil || u.Scheme != "https" || u.Host == "" {
+			return nil, fmt.Errorf("%q is not an endpoint; write it like https://127.0.0.1:8443", endpoint)
+		}
+		if slices.ContainsFunc(p.workers, func(w *worker) bool { return w.endpoint == endpoint }) {
+			return nil, fmt.Errorf("the worker %s is there twice", endpoint)
+		}
+		p.workers = append(p.workers, newWorker(p, endpoint))
+	}
+	p.mux = http.NewServeMux()
+	p.mux.HandleFunc("GET /{$}", p.page)
+	p.mux.Handle("GET /metrics", p.metrics.handler())
+	p.mux.HandleFunc("/v1/", p.forward)
+	return p, nil
+}
+
+// Run verifies every worker now and before its verification grows too old, until
+// ctx ends. It calls ready once each worker has been tried.
+func (p *Proxy) Run(ctx context.Context, ready func()) {
+	tried := make(chan struct{})
+	for _, w := range p.workers {
+		go w.keep(ctx, func() { tried <- struct{}{} })
+	}
+	for range p.workers {
+		select {
+		case <-tried:
+		case <-ctx.Done():
+			return
+		}
+	}
+	ready()
+	<-ctx.Done()
+	for _, w := range p.workers {
+		w.transport.CloseIdleConnections()
+	}
+}
+
+// ServeHTTP implements http.Handler.
+func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	if p.options.Loopback {
+		// A page can make its visitor's browser ask here: under a name of its own that
+		// it points at this machine, or as itself.
+		if !local(r.Host) {
+			refuse(w, http.StatusForbidden, "forbidden", "this proxy answers to localhost only")
+			return
+		}
+		if origin := r.Header.Get("Origin"); origin != "" {
+			if u, err := url.Parse(origin); err != nil || !local(u.Host) {
+				refuse(w, http.StatusForbidden, "forbidden", "this proxy does not answer to web pages")
+				return
+			}
+		}
+	}
+	p.mux.ServeHTTP(w, r)
+}
+
+// local reports whether HOST or HOST:PORT is this machine.
+func local(hostport string) bool {
+	host := hostport
+	if h, _, err := net.SplitHostPort(hostport); err == nil {
+		host = h
+	}
+	host = strings.Trim(host, "[]")
+	if host == "localhost" {
+		return true
+	}
+	ip := net.ParseIP(host)
+	return ip != nil && ip.IsLoopback()
+}
+
+// refuse answers as the API does.
+func refuse(w http.ResponseWriter, status int, kind, message string) {
+	w.Header().Set("Content-Type", "application/json")
+	w.Header().Set("Cache-Control", "no-store")
+	w.WriteHeader(status)
+	json.NewEncoder(w).Encode(map[string]any{"error": map[string]any{"message": message, "type": kind, "param": nil, "code": nil}})
+}
+
+// forwarded are the only header fields of a request that reach a worker.
+var forwarded = []string{"Accept", "Authorization", "Content-Type", receipt.SaltHeader, receipt.TimeHeader}
+
+// hop are the header fields of an answer that are about the connection.
+var hop = []string{"Connection", "Keep-Alive", "Proxy-Authenticate", "Proxy-Connection", "Te", "Trailer", "Transfer-Encoding", "Upgrade"}
+
+// forward sends a request to the workers in turn until one begins to answer.
+func (p *Proxy) forward(w http.ResponseWriter, r *http.Request) {
+	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, MaxBody))
+	if err != nil {
+		if _, ok := errors.AsType[*http.MaxBytesError](err); ok {
+			refuse(w, http.StatusRequestEntityTooLarge, "invalid_request_error", fmt.Sprintf("the request is more than %d bytes", MaxBody))
+		}
+		return
+	}
+	var problems []string
+	status := http.StatusServiceUnavailable
+	workers := p.order()
+	for i, worker := range workers {
+		answer, done, err := p.try(worker, r, body)
+		if r.Context().Err() != nil {
+			if err == nil {
+				answer.Body.Close()
+				done(0)
+			}
+			return // the client has left
+		}
+		if err == nil && i+1 < len(workers) && busy(answer.StatusCode) {
+			err = fmt.Errorf("it answered %d", answer.StatusCode)
+			answer.Body.Close()
+			done(answer.StatusCode)
+		} else if err == nil {
+			p.answer(w, answer, func() { done(answer.StatusCode) })
+			return
+		}
+		if _, refused := errors.AsType[*attest.RefusedError](err); !refused {
+			status = http.StatusBadGateway
+		}
+		p.metrics.failover(worker.endpoint)
+		problems = append(problems, worker.endpoint+": "+terminal.Line(err.Error()))
+	}
+	for _, worker := range p.workers {
+		if !slices.Contains(workers, worker) {
+			problems = append(problems, worker.endpoint+": "+worker.why())
+		}
+	}
+	refuse(w, status, "no_verified_worker", "no verified worker answers; your request was not sent to any other. "+strings.Join(problems, "; "))
+}
+
+// busy reports whether another worker may do what this one cannot now.
+func busy(status int) bool {
+	return status == http.StatusTooManyRequests || status == http.StatusServiceUnavailable || status == http.StatusBadGateway
+}
+
+// try sends a request to a worker. When it returns no error, done must be called
+// at the end of the answer.
+func (p *Proxy) try(worker *worker, r *http.Request, body []byte) (answer *http.Response, done func(status int), err error) {
+	target := worker.endpoint + r.URL.EscapedPath()
+	if r.URL.RawQuery != "" {
+		target += "?" + r.URL.RawQuery
+	}
+	request, err := http.NewRequestWithContext(r.Context(), r.Method, target, bytes.NewReader(body))
+	if err != nil {
+		return nil, nil, err
+	}
+	for _, name := range forwarded {
+		if v := r.Header.Values(name); len(v) > 0 {
+			request.Header[name] = v
+		}
+	}
+	if p.options.Token != "" {
+		request.Header.Set("Authorization", "Bearer "+p.options.Token)
+	}
+	request.Header.Set("User-Agent", "chrysalis")
+	begin := time.Now()
+	p.metrics.begin(worker.endpoint)
+	worker.inFlight.Add(1)
+	done = func(status int) {
+		worker.inFlight.Add(-1)
+		p.metrics.end(worker.endpoint, status)
+	}
+	if answer, err = worker.transport.RoundTrip(request); err != nil {
+		done(0)
+		if r.Context().Err() == nil {
+			worker.failed(err)
+		}
+		return nil, nil, err
+	}
+	p.metrics.firstByte(worker.endpoint, time.Since(begin))
+	return answer, done, nil
+}
+
+// answer passes an answer on as it comes, with its trailer.
+func (p *Proxy) answer(w http.ResponseWriter, answer *http.Response, done func()) {
+	defer done()
+	defer answer.Body.Close()
+	header := w.Header()
+	maps.Copy(header, answer.Header)
+	for _, name := range hop {
+		header.Del(name)
+	}
+	for name := range answer.Trailer {
+		header.Add("Trailer", name)
+	}
+	w.WriteHeader(answer.StatusCode)
+	flush := http.NewResponseController(w).Flush
+	if answer.ContentLength < 0 {
+		flush() // a stream's client waits for the header
+	}
+	buffer := make([]byte, 16<<10)
+	for {
+		n, err := answer.Body.Read(buffer)
+		if n > 0 {
+			if _, err := w.Write(buffer[:n]); err != nil {
+				return // the client has left; its request's context ends the worker's
+			}
+			flush()
+		}
+		if err == io.EOF {
+			break
+		}
+		if err != nil {
+			// The client must not take what it has for the whole.
+			panic(http.ErrAbortHandler)
+		}
+	}
+	for name, values := range answer.Trailer {
+		header[name] = values
+	}
+}
