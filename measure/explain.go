@@ -188,12 +188,29 @@ func (e *explainer) differences(x *Explanation, shape string) []difference {
 			x.Unknown = append(x.Unknown, display(register)+": the record has no shape")
 			continue
 		}
+		if register == "pcr5" {
+			got = withoutRetries(got)
+		}
 		all = append(all, diffEvents(display(register), e.a, want, got)...)
 	}
 	if e.o.Covered != "" {
 		all = append(all, difference{Finding: Finding{"PCRs", "quote", "the log's values", "others", e.o.Covered}})
 	}
 	return all
+}
+
+// withoutRetries leaves out calls of ExitBootServices that failed and were tried
+// again: they say nothing about a VM, and no client looks at PCR 5.
+func withoutRetries(list []LogEvent) []LogEvent {
+	var out []LogEvent
+	for i := range list {
+		if strings.HasPrefix(string(list[i].Data), "Exit Boot Services Returned with Failure") && list[i].Type == EvAction && len(out) > 0 {
+			out = out[:len(out)-1]
+			continue
+		}
+		out = append(out, list[i])
+	}
+	return out
 }
 
 // diffEvents aligns two lists of events by their longest common subsequence, and
@@ -407,8 +424,11 @@ func (e *explainer) causes(x *Explanation, guesses func(record.Shape, func(Guess
 	}
 	if cmdline := named("command-line"); cmdline != nil && image == nil {
 		given := ""
+		if addon == nil && named("smbios") != nil {
+			given = " in SMBIOS strings"
+		}
 		if len(overridden) > 0 {
-			given = " " + strings.Join(overridden, ", ")
+			given += " " + strings.Join(overridden, ", ")
 		}
 		x.because("start the VM without -append, without SMBIOS strings of type 11 for the stub, and without addons on the ESP",
 			"kernel command line: the host gave another one%s", given)
@@ -442,6 +462,12 @@ func (e *explainer) causes(x *Explanation, guesses func(record.Shape, func(Guess
 	// The machine.
 	if e.machineDiffers(all) {
 		e.machineCause(x, all, guesses)
+		explained++
+	}
+	if d := named("exit-boot-services-failed"); d != nil || find(func(d difference) bool {
+		return d.found != nil && d.found.Type == EvAction && strings.HasPrefix(string(d.found.Data), "Exit Boot Services Returned with Failure")
+	}) != nil {
+		x.because("make a record with --exit-failures 0 and one with 1: both are the same image", "ExitBootServices failed more or less often than in the record before it succeeded, which RTMR1 shows")
 		explained++
 	}
 	if d := named("gpt"); d != nil {

@@ -11,9 +11,8 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"syscall"
 	"time"
-
-	"golang.org/x/sys/unix"
 
 	"chrysalis/attest"
 	"chrysalis/attest/attesttest"
@@ -52,7 +51,7 @@ func verification() error {
 		var before, after runtime.MemStats
 		runtime.GC()
 		runtime.ReadMemStats(&before)
-		begin := processorTime()
+		begin := processorTime(syscall.RUSAGE_SELF)
 		for range times {
 			v := attest.Verify(context.Background(), document, in)
 			if !v.OK {
@@ -63,7 +62,7 @@ func verification() error {
 				all += c.Took
 			}
 		}
-		spent := processorTime() - begin
+		spent := processorTime(syscall.RUSAGE_SELF) - begin
 		runtime.ReadMemStats(&after)
 		name := strings.ToUpper(string(platform))
 		ms := spent.Seconds() * 1000 / times
@@ -90,15 +89,6 @@ func verification() error {
 		}
 	}
 	return nil
-}
-
-// processorTime is what this process has used of all processors.
-func processorTime() time.Duration {
-	var u unix.Rusage
-	if err := unix.Getrusage(unix.RUSAGE_SELF, &u); err != nil {
-		return 0
-	}
-	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
 }
 
 // proxied compares the same client with and without the proxy, in turn.

@@ -18,8 +18,8 @@ import (
 	"chrysalis/models"
 )
 
-// predict makes a measurement record from files alone.
-func predict(t *testing.T, h *host, image, engine, model string) string {
+// recordOf makes a measurement record from files alone.
+func recordOf(t *testing.T, h *host, image, engine, model string) string {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "record.json")
 	if r := h.run(time.Minute, "measure", "--platform", "tpm", "--image", image, "--engine", engine, "--model", model, "-o", path); r.code != 0 {
@@ -48,7 +48,7 @@ func (h *host) verify(code int, check attest.Name, args ...string) verdict {
 
 // verified is what a client that verifies sees of a VM with the demo model.
 func verified(t *testing.T, h *host, endpoint string) {
-	rec := predict(t, h, uki, llama, demo)
+	rec := recordOf(t, h, uki, llama, demo)
 	trust := []string{"--record", rec, "--allow-not-confidential"}
 	with := func(args ...string) []string { return append(slices.Clone(trust), args...) }
 
@@ -70,7 +70,7 @@ func verified(t *testing.T, h *host, endpoint string) {
 		if _, err := os.Stat(debug); err != nil {
 			t.Skip(err)
 		}
-		h.verify(1, attest.CheckPCR4, "--allow-not-confidential", "--record", predict(t, h, debug, llama, demo), endpoint)
+		h.verify(1, attest.CheckPCR4, "--allow-not-confidential", "--record", recordOf(t, h, debug, llama, demo), endpoint)
 	})
 	t.Run("saved", func(t *testing.T) {
 		dir := filepath.Join(t.TempDir(), "saved")
@@ -171,7 +171,7 @@ func startProxy(t *testing.T, h *host, args ...string) string {
 // VM runs, and every client refuses it under the right name.
 func TestChangedByte(t *testing.T) {
 	h := newHost(t)
-	rec := predict(t, h, uki, llama, demo)
+	rec := recordOf(t, h, uki, llama, demo)
 	trust := []string{"--record", rec, "--allow-not-confidential"}
 
 	t.Run("image", func(t *testing.T) {

@@ -43,9 +43,11 @@ type Options struct {
 	Disk     string   // the disk that is started from, where Boot is BootDisk
 	Firmware string   // the firmware; that of the tools root when empty
 	Profile  string   // the firmware's profile, where its hash is not known
-	Commit   string   // of the source; that of the provenance beside the image when empty
-	Lock     []byte   // image.lock
-	Tools    *toolsroot.Root
+	// ExitFailures is measure.System's; below 0 it is not known.
+	ExitFailures int
+	Commit       string // of the source; that of the provenance beside the image when empty
+	Lock         []byte // image.lock
+	Tools        *toolsroot.Root
 }
 
 // Result is a prediction.
@@ -75,6 +77,9 @@ func Run(ctx context.Context, o Options) (*Result, error) {
 		return nil, err
 	}
 	s := measure.System{Platform: o.Platform, Boot: o.Boot, DiskSlot: launcher.DiskSlot}
+	if o.ExitFailures >= 0 {
+		s.ExitFailures = &o.ExitFailures
+	}
 	base := record.Image{Name: strings.TrimSuffix(filepath.Base(o.Image), ".efi"), Lock: sum(o.Lock), QEMU: qemu}
 	var result Result
 	var group sync.WaitGroup
