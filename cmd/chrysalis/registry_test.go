@@ -95,6 +95,7 @@ func TestRegistryCommands(t *testing.T) {
 	must(`^[0-9a-f]{64}\n$`, "registry", "new-key", key)
 	public := strings.TrimSpace(must(`^[0-9a-f]{64}\n$`, "registry", "new-key", auditor))
 	fails(registry.ErrNoFunds, "registry", "init")
+	must(`(?m)^wallet\tUQ.*\nregistry\tEQ`, "registry", "address")
 	private, err := registry.LoadKey(key)
 	if err != nil {
 		t.Fatal(err)
