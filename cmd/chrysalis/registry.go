@@ -77,13 +77,13 @@ func printPlan(out io.Writer, plan *registry.Plan, dry, asJSON bool) error {
 		return err
 	}
 	if !dry {
-		_, err := fmt.Fprintf(out, "%s: done, for %s; registry %s\n", plan.Operation, registry.TON(plan.Cost), plan.To)
+		_, err := fmt.Fprintf(out, "%s: done at %s, for %s\n", plan.Operation, plan.To, registry.TON(plan.Cost))
 		return err
 	}
 	w := tabwriter.NewWriter(out, 0, 8, 2, ' ', 0)
 	fmt.Fprintf(w, "operation\t%s\n", plan.Operation)
 	fmt.Fprintf(w, "wallet\t%s, has %s\n", plan.From.Std().Bounce(false), registry.TON(plan.Balance))
-	fmt.Fprintf(w, "registry\t%s\n", plan.To)
+	fmt.Fprintf(w, "contract\t%s\n", plan.To)
 	fmt.Fprintf(w, "attached\t%s\n", registry.TON(plan.Value))
 	fmt.Fprintf(w, "costs\t%s, rent and fees; the rest comes back\n", registry.TON(plan.Cost))
 	fmt.Fprintf(w, "body\t%x\n", plan.Body)
