@@ -416,7 +416,7 @@ func Publish(r Publication) Operation {
 		NotBefore: uint64(max(r.NotBefore.Unix(), 0)), NotAfter: uint64(max(r.NotAfter.Unix(), 0)),
 	}
 	return Operation{
-		Name: "publish", value: putValue,
+		Name: fmt.Sprintf("publish %v %v", r.Kind, r.Key), value: putValue,
 		body: func(_ *Publisher, id uint64) (*cell.Cell, error) { return put.Body(id) },
 		done: func(ctx context.Context, p *Publisher, view *lite.View) (string, error) {
 			if _, err := put.Body(0); err != nil {
@@ -466,7 +466,7 @@ func Mark(key Key, status contract.Status) Operation {
 		name = "revoke"
 	}
 	return Operation{
-		Name: name, value: callValue,
+		Name: fmt.Sprintf("%s %v", name, key), value: callValue,
 		body: func(_ *Publisher, id uint64) (*cell.Cell, error) { return contract.SetStatus(id, key, status), nil },
 		done: func(ctx context.Context, p *Publisher, view *lite.View) (string, error) {
 			if err := p.mine(ctx, view); err != nil {
@@ -492,7 +492,7 @@ func Mark(key Key, status contract.Status) Operation {
 func Cosign(key Key, record [32]byte, auditor ed25519.PrivateKey) Operation {
 	public := [32]byte(auditor.Public().(ed25519.PublicKey))
 	return Operation{
-		Name: "cosign", value: callValue,
+		Name: fmt.Sprintf("cosign %v", key), value: callValue,
 		body: func(p *Publisher, id uint64) (*cell.Cell, error) {
 			hash := contract.SignedHash(p.Reader.Client.Network().GlobalID, p.Registry.Std(), key, record)
 			return contract.Cosign(id, key, record, public, [64]byte(ed25519.Sign(auditor, hash[:]))), nil

@@ -104,6 +104,22 @@ func TestApproved(t *testing.T) {
 	if err != nil || len(one) != 1 || one[0].Key != list[4].Key || one[0].Kind != contract.Model {
 		t.Errorf("%+v, %v", one, err)
 	}
+	// All shapes of a TPM's image are one.
+	tpm := recordFile(2)
+	tpm.Image.Platform, tpm.Image.MRTD, tpm.Image.RTMR1, tpm.Image.RTMR2 = record.TPM, nil, nil, nil
+	for _, index := range record.ImagePCRs {
+		tpm.Image.PCRs = append(tpm.Image.PCRs, record.PCR{Index: index, SHA256: hexOf(1, 32)})
+	}
+	id := tpm.Image.Key()
+	for i := range tpm.Shapes {
+		tpm.Shapes[i].Platform, tpm.Shapes[i].Image, tpm.Shapes[i].RTMR0 = record.TPM, id[:], nil
+	}
+	if data, err = tpm.Encode(); err != nil {
+		t.Fatal(err)
+	}
+	if list, err := Publications(data, time.Time{}, time.Time{}); err != nil || len(list) != 4 {
+		t.Errorf("%d publications of a TPM's image, %v", len(list), err)
+	}
 	for _, text := range []string{"", "{}", `{"kind":"model"}`, string(list[0].Record) + " "} {
 		if _, err := Publications([]byte(text), time.Time{}, time.Time{}); err == nil {
 			t.Errorf("%.20q: no error", text)
