@@ -44,6 +44,7 @@ var parts = []part{
 	{"overhead", func() error { return withHost(host.overhead) }},
 	{"prefetch", func() error { return withHost(host.prefetch) }},
 	{"disks", disks},
+	{"measure", prediction},
 	{"ton", func() error { return ton(context.Background()) }},
 	{"demo", cleanDemo},
 	{"builds", builds},
