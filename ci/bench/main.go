@@ -45,6 +45,7 @@ var parts = []part{
 	{"disks", disks},
 	{"attest", attestation},
 	{"ton", ton},
+	{"measure", prediction},
 	{"demo", cleanDemo},
 	{"builds", builds},
 }
