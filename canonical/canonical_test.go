@@ -114,3 +114,29 @@ func FuzzDecode(f *testing.F) {
 		}
 	})
 }
+
+// FuzzEncode compares with the slow way: decode into a tree, which encoding/json
+// writes with its keys in order.
+func FuzzEncode(f *testing.F) {
+	for _, s := range []string{`{"b":[1,{"d":true,"c":"x"}],"a":-5}`, `{"a":1.5}`, `{"é":1}`, `["<"]`, `null`, `{"a":{},"b":[]}`, `9007199254740992`, `-0`} {
+		f.Add([]byte(s))
+	}
+	f.Fuzz(func(t *testing.T, data []byte) {
+		if !json.Valid(data) || CheckKeys(data, nil) != nil {
+			return
+		}
+		got, err := Encode(json.RawMessage(data))
+		if err != nil {
+			return
+		}
+		var tree any
+		dec := json.NewDecoder(bytes.NewReader(data))
+		dec.UseNumber()
+		if err := dec.Decode(&tree); err != nil {
+			t.Fatal(err)
+		}
+		if want, err := json.Marshal(tree); err != nil || !bytes.Equal(got, want) {
+			t.Errorf("%s, expected %s", got, want)
+		}
+	})
+}
