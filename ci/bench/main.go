@@ -89,7 +89,7 @@ func run(vms, demo, build bool) error {
 	for _, part := range []struct {
 		wanted  bool
 		measure func() error
-	}{{vms, inVMs}, {demo, cleanDemo}, {build, builds}} {
+	}{{true, gpus}, {vms, inVMs}, {demo, cleanDemo}, {build, builds}} {
 		if !part.wanted {
 			continue
 		}
