@@ -26,12 +26,15 @@ func init() {
 
 // benchBody is the request, as the agent would forward it.
 const benchBody = `{"cache_prompt":false,"max_tokens":64,"messages":[{"role":"user","content":"Who can read my prompt?"}],` +
-	`"model":"chrysalis/demo","stream":true,"temperature":0}`
+	`"model":"chrysalis/demo","stream":true,"stream_options":{"include_usage":true},"temperature":0}`
 
 const benchRuns, benchWarmUp = 11, 5
 
 // measureEngine prints the medians of time to first event and events a second.
 func (a *agent) measureEngine(ctx context.Context) error {
+	if a.manifest.Models[0].Name != "chrysalis/demo" {
+		return nil // it would take hours, emulated
+	}
 	client := &http.Client{Transport: &http.Transport{
 		DialContext:       func(ctx context.Context, _, _ string) (net.Conn, error) { return a.children[0].dial(ctx) },
 		DisableKeepAlives: true,

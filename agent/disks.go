@@ -42,6 +42,11 @@ func (a *agent) readManifest(context.Context) error {
 	if found == nil {
 		return fmt.Errorf("none of %d disks carries a manifest", len(disks))
 	}
+	return a.takeManifest(found)
+}
+
+// takeManifest checks a manifest and measures it.
+func (a *agent) takeManifest(found []byte) (err error) {
 	if a.manifest, err = manifest.Parse(found); err != nil {
 		return because(guest.ReasonManifestInvalid, err)
 	}

@@ -58,15 +58,17 @@ func TestPhasesAreTheGuestPackages(t *testing.T) {
 	}
 }
 
+// reason is what the host would be told of an error.
+func reason(err error) guest.Reason {
+	var f *fault
+	if !errors.As(err, &f) {
+		return guest.ReasonNone
+	}
+	return f.reason
+}
+
 func TestBecause(t *testing.T) {
 	plain := errors.New("plain")
-	reason := func(err error) guest.Reason {
-		var f *fault
-		if !errors.As(err, &f) {
-			return guest.ReasonNone
-		}
-		return f.reason
-	}
 	for _, tt := range []struct {
 		name string
 		err  error

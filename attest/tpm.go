@@ -33,9 +33,11 @@ func (r *run) verifyTPM(d *evidence.Document, in *Input) (events []cel.Event) {
 		pcr[p.Index] = p.SHA256
 	}
 	var attested *tpm2.Attest
+	var key crypto.PublicKey
 	r.must(CheckQuote, func() outcome {
-		key, root, err := attestationKey(d.TPM, in)
-		if err != nil {
+		var root *x509.Certificate
+		var err error
+		if key, root, err = attestationKey(d.TPM, in); err != nil {
 			return fail("%s", plain(err))
 		}
 		if attested, err = verifyTPMQuote(d.TPM, key); err != nil {
@@ -45,7 +47,13 @@ func (r *run) verifyTPM(d *evidence.Document, in *Input) (events []cel.Event) {
 	})
 	r.must(CheckReportData, func() outcome {
 		want := d.QualifyingData()
-		return same("the quote is about other keys, nonces or another manifest", attested.ExtraData, want[:])
+		o := same("the quote is about other keys, nonces or another manifest", attested.ExtraData, want[:])
+		if o.status == Passed {
+			if err := secondOpinion(d.TPM, key, want); err != nil {
+				return fail("%s", plain(err))
+			}
+		}
+		return o
 	})
 	if r.over {
 		return nil

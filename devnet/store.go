@@ -93,7 +93,7 @@ func decode(data []byte) (meta stored, cells []*cell.Cell, err error) {
 	if err = json.Unmarshal(data[4:n], &meta); err != nil {
 		return meta, nil, err
 	}
-	cells, err = cell.FromBOCMultiRoot(data[n:])
+	cells, err = cell.FromBOCMultiRootWithOptions(data[n:], cell.BOCParseOptions{MaxCells: maxEntry / 2})
 	return meta, cells, err
 }
 

@@ -20,7 +20,7 @@ var ErrRoot = errors.New("not a usable root file system")
 
 // Bounds of a root file system.
 const (
-	maxEntries = 4 << 20
+	maxEntries = 1 << 20
 	maxPath    = 4096 // bytes, PATH_MAX
 	maxTarget  = 4032 // bytes, what a disk can hold
 	maxLinks   = 40   // that are followed on the way to a file, as Linux does
@@ -160,6 +160,9 @@ func (r *root) readTar(ctx context.Context, src io.Reader, whiteouts bool) error
 		}
 		if h.Typeflag == tar.TypeXGlobalHeader {
 			continue
+		}
+		if disk.SparseEntry(h) {
+			return refuseRoot("%.200s is kept as a sparse file; make the stream without --sparse", h.Name)
 		}
 		if err := r.readEntry(h, t, whiteouts); err != nil {
 			return err

@@ -299,6 +299,23 @@ func TestLockNamesTheAgent(t *testing.T) {
 	}
 }
 
+// What every image is linked with is named with its licence.
+func TestNoticeNamesTheModules(t *testing.T) {
+	lock, err := ReadLock("..")
+	if err != nil {
+		t.Fatal(err)
+	}
+	notice, err := os.ReadFile("../NOTICE")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, m := range lock.Go.Modules {
+		if !strings.Contains(string(notice), "\n  "+m.Path+" ") {
+			t.Errorf("NOTICE does not name %s", m.Path)
+		}
+	}
+}
+
 // The lock keeps its bytes and its time when nothing changes in it.
 func TestUpdateLock(t *testing.T) {
 	source := agentSource(t, agentMain)

@@ -171,9 +171,18 @@ func forget(root string) error {
 			return fmt.Errorf("empty %s of the tools root: %w", dir, err)
 		}
 	}
+	// Python's compiler does not write the same bytes each time: they tell which
+	// strings it happened to share. Without them Python reads the packages' own source.
+	//
 	// The shadow files are nobody's to read, and there are no passwords in them;
 	// whoever made the root must be able to check it.
 	return filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
+		if err == nil && d.IsDir() && d.Name() == "__pycache__" {
+			if err := os.RemoveAll(path); err != nil {
+				return err
+			}
+			return fs.SkipDir
+		}
 		if err != nil || !d.Type().IsRegular() {
 			return err
 		}

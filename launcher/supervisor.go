@@ -517,85 +517,36 @@ const tpmFirmware = "/usr/share/ovmf/OVMF.fd"
 // insideFirmware is where the tools root shows a firmware from outside of it.
 const insideFirmware = "/vm/firmware.fd"
 
-// startTPM makes a fresh TPM, gives it keys and a certificate, and serves it. PCR
-// 15 and the boot log need SHA-384, which swtpm's default leaves out.
+// startTPM makes a fresh TPM, with keys and a certificate, and serves it.
 func (s *supervisor) startTPM(shared toolsroot.Bind) (*child, error) {
-	if err := os.RemoveAll(s.run.path("tpm")); err != nil {
+	dir := s.run.path("tpm")
+	if err := os.RemoveAll(dir); err != nil {
 		return nil, err
 	}
-	if err := os.Mkdir(s.run.path("tpm"), 0o700); err != nil {
+	if err := os.Mkdir(dir, 0o700); err != nil {
 		return nil, err
 	}
-	const inside = "/vm/tpm"
-	state := toolsroot.Bind{Host: s.run.path("tpm"), Inside: inside, Writable: true}
-	setup, err := s.start("swtpm_setup", toolsroot.Command{
-		Args: []string{"swtpm_setup", "--tpm2", "--tpm-state", "dir://" + inside, "--pcr-banks", "sha256,sha384", "--overwrite"},
-		Bind: []toolsroot.Bind{state}, Offline: true,
-	})
+	ca, err := softtpm.OpenCA(s.store.dir)
 	if err != nil {
 		return nil, err
 	}
-	select {
-	case <-setup.done:
-	case <-time.After(30 * time.Second):
-		setup.kill()
-	}
+	ctx, cancel := context.WithTimeout(s.now, time.Minute)
+	defer cancel()
+	err = softtpm.Make(ctx, s.tools, dir, ca)
 	s.reap() // nothing else runs yet
-	if setup.err != nil {
+	if err != nil {
+		s.log.Print(err)
 		return nil, errors.New("the software TPM could not be made; see 'chrysalis logs --supervisor'")
 	}
-	if err := s.provisionTPM(state, shared); err != nil {
-		return nil, err
-	}
+	const inside = "/vm/tpm"
 	tpm, err := s.start("swtpm", toolsroot.Command{
 		Args: []string{"swtpm", "socket", "--tpm2", "--tpmstate", "dir=" + inside, "--ctrl", "type=unixio,path=" + insideTPM, "--seccomp", "action=kill"},
-		Bind: []toolsroot.Bind{state, shared}, Offline: true,
+		Bind: []toolsroot.Bind{{Host: dir, Inside: inside, Writable: true}, shared}, Offline: true,
 	})
 	if err != nil {
 		return nil, err
 	}
 	return tpm, s.waitSocket(tpm, "io/tpm.sock")
-}
-
-// provisionTPM runs the TPM once before the VM does, to give it what a cloud's has.
-func (s *supervisor) provisionTPM(state, shared toolsroot.Bind) error {
-	ca, err := softtpm.OpenCA(s.store.dir)
-	if err != nil {
-		return err
-	}
-	const socket = "tpm-setup.sock"
-	tpm, err := s.start("swtpm", toolsroot.Command{
-		Args: []string{"swtpm", "socket", "--tpm2", "--tpmstate", "dir=" + state.Inside, "--server", "type=unixio,path=" + insideIO + "/" + socket,
-			"--flags", "not-need-init", "--terminate", "--seccomp", "action=kill"},
-		Bind: []toolsroot.Bind{state, shared}, Offline: true,
-	})
-	if err != nil {
-		return err
-	}
-	defer func() {
-		tpm.kill()
-		s.reap() // nothing else runs yet
-		os.Remove(s.run.path("io", socket))
-	}()
-	if err := s.waitSocket(tpm, "io/"+socket); err != nil {
-		return err
-	}
-	ctx, cancel := context.WithTimeout(s.now, 30*time.Second)
-	defer cancel()
-	conn, err := new(net.Dialer).DialContext(ctx, "unix", s.short("io/"+socket))
-	if err != nil {
-		return fmt.Errorf("talk to the software TPM: %w", err)
-	}
-	if err := softtpm.Provision(ctx, conn, ca); err != nil {
-		return err
-	}
-	// It ends with the connection, and with it writes its state down.
-	select {
-	case <-tpm.done:
-	case <-ctx.Done():
-		return errors.New("the software TPM does not end; see 'chrysalis logs --supervisor'")
-	}
-	return nil
 }
 
 func (s *supervisor) start(name string, c toolsroot.Command) (*child, error) {

@@ -57,6 +57,9 @@ func File(base record.Image, s System, machines []Machine, order PageOrder) (f *
 		f.Events = appendEvents(f.Events, r, "")
 	}
 	f.Image = base
+	if u := s.Firmware.Profile.Untested; u != "" && s.Platform == record.TDX {
+		notes = append(notes, "firmware "+s.Firmware.Profile.Name+": "+u)
+	}
 	key := base.Key()
 	for _, m := range machines {
 		note := func(why string) {

@@ -24,12 +24,11 @@ type Profile struct {
 	// KernelBoot and DiskBoot are the boot options that are there when the
 	// firmware starts what -kernel gives it, and what it finds on a disk.
 	KernelBoot, DiskBoot []BootOption
-	// DiskRetry says that the first call of ExitBootServices fails when a disk was
-	// started from: its driver frees memory in that very moment.
-	DiskRetry bool
-	// ZeroSeparator says that a TD's separator goes into RTMR0 a second time
+	// OldSeparator says that a TD's separator goes into RTMR0 a second time
 	// instead of RTMR1.
 	OldSeparator bool
+	// Untested says what has not been seen of it on a real machine, "" for nothing.
+	Untested string
 	// CRTM is the version that a TPM's log begins with, and Volumes are the
 	// SHA-256 of the two firmware volumes that follow. Both are for explanations.
 	CRTM    string
@@ -107,18 +106,19 @@ var Profiles = map[string]Profile{
 		BIOS:       biosDebian202608,
 		KernelBoot: []BootOption{optionBootMgr, optionSetup},
 		DiskBoot:   []BootOption{optionDisk, optionBootMgr, optionSetup, optionShell},
-		DiskRetry:  true,
 		CRTM:       "2026.08+ds-2",
 		Volumes:    [2]string{"10e48f005bc9f468", "7aad15bf592e8ebe"},
 	},
 	// Debian's ovmf-inteltdx with the empty variable store (ConfigB), which has no
-	// setup and no shell. Its boot options are those of a boot without TDX; there
-	// is no log of a TD to check them against.
+	// setup and no shell.
 	"debian-2026.08-config-b": {
 		FwCfg:      fwCfg2025,
 		BIOS:       biosDebian202608,
 		SecureBoot: []byte{0},
 		KernelBoot: []BootOption{optionBootMgr},
+		DiskBoot:   []BootOption{{1, 0x001, "UEFI Misc Device", guid{}, true}, optionBootMgr},
+		Untested: "no log of a TD with this firmware has been seen: its variables and SMBIOS are those of a boot without TDX, " +
+			"its events and their order those of edk2's source, what a disk adds that of the generic build",
 	},
 	// edk2 2024.02 to 2025.02 as distributions build it for any VM.
 	"edk2-2025.02": {KernelBoot: []BootOption{optionUiApp}},

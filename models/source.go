@@ -198,7 +198,7 @@ func (s *source) entries() []disk.Entry {
 }
 
 // maxPeek bounds what of a file in a stream is held while it is looked at.
-const maxPeek = 64 << 20
+const maxPeek = 32 << 20
 
 // tarEntries reads a tar stream for disk.PackStream. Each file is looked at before
 // it is passed on.
@@ -228,6 +228,9 @@ func tarEntries(r io.Reader, c *checker, exclude []string, left *[]string) func(
 			if out {
 				*left = append(*left, name)
 				continue
+			}
+			if disk.SparseEntry(h) {
+				return none, nil, fmt.Errorf("%w: %s in the tar stream is kept as a sparse file; make it without --sparse", ErrRefused, name)
 			}
 			switch h.Typeflag {
 			case tar.TypeReg:

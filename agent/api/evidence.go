@@ -5,10 +5,15 @@ import (
 	"errors"
 	"net/http"
 	"strings"
+	"time"
 
 	"chrysalis/agent/proof"
 	"chrysalis/attest/evidence"
 )
+
+// evidenceTotal bounds a request for evidence: the quotes that it waits for, and the
+// writing of the document. The manifest's limits are about the engine.
+const evidenceTotal = 2 * time.Minute
 
 // evidence answers a request for evidence. It takes no place in the engine, and no
 // token: who is to trust the VM with a token must have seen it first.
@@ -17,6 +22,7 @@ func (x *exchange) evidence(query string) error {
 	if !ok {
 		return errNonce
 	}
+	x.end = time.Now().Add(evidenceTotal)
 	doc, err := x.s.evidence(x.r.Context(), nonce)
 	switch {
 	case x.r.Context().Err() != nil:

@@ -5,7 +5,10 @@ import (
 	"encoding/base64"
 	"errors"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
+	"time"
 
 	"chrysalis/agent/proof"
 	"chrysalis/attest/evidence"
@@ -87,4 +90,40 @@ func TestEvidenceMemory(t *testing.T) {
 	if resp, _ := b.do(t, b.request(t, "GET", query, "")); resp.StatusCode != 200 {
 		t.Error(resp.Status)
 	}
+}
+
+// Who waits for evidence takes nobody's place, and a time limit that is about the
+// engine does not end the wait.
+func TestEvidenceTakesNoPlace(t *testing.T) {
+	release := make(chan struct{})
+	var waiting atomic.Int32
+	b := start(t, answer, func(c *Config) {
+		c.Limits.Concurrency = 1
+		c.Evidence = func(context.Context, [evidence.NonceSize]byte) ([]byte, error) {
+			waiting.Add(1)
+			<-release
+			return []byte("{}"), nil
+		}
+	}, func(s *Server) { s.total = 100 * time.Millisecond })
+	var all sync.WaitGroup
+	for range 100 {
+		all.Go(func() {
+			resp, err := b.client.Do(b.request(t, "GET", evidence.Path+"?nonce="+strings.Repeat("A", 43), ""))
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			resp.Body.Close()
+			if resp.StatusCode != 200 {
+				t.Error(resp.Status)
+			}
+		})
+	}
+	eventually(t, "all of them wait", func() bool { return waiting.Load() == 100 })
+	if resp, body := b.post(t, "/v1/chat/completions", hello); resp.StatusCode != 200 {
+		t.Errorf("a client beside them got %s: %s", resp.Status, body)
+	}
+	time.Sleep(150 * time.Millisecond)
+	close(release)
+	all.Wait()
 }

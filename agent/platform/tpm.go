@@ -51,19 +51,15 @@ func openTPM(root string) (*tpm, error) {
 	if err != nil {
 		return nil, err
 	}
-	path := filepath.Join(root, tpmDevice)
-	fd, err := unix.Open(path, unix.O_RDWR|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return nil, fmt.Errorf("open %s: %w", path, err)
-	}
-	// A blocking file: os.Open would make it a non-blocking one, for which the
-	// driver answers differently.
-	return newTPM(&device{file: os.NewFile(uintptr(fd), path)}, log)
+	return newTPM(&device{path: filepath.Join(root, tpmDevice)}, log)
 }
 
 // newTPM reads what does not change for as long as the VM lives.
-func newTPM(transport tpm2.Transport, log []byte) (t *tpm, err error) {
-	t = &tpm{tpm: tpm2.NewTPMContext(transport), log: log}
+func newTPM(device tpm2.TPMDevice, log []byte) (t *tpm, err error) {
+	t = &tpm{log: log}
+	if t.tpm, err = tpm2.OpenTPMDevice(device); err != nil {
+		return nil, fmt.Errorf("open %s: %w", device, err)
+	}
 	if t.key, err = t.tpm.NewResourceContext(akHandle); err != nil {
 		return nil, fmt.Errorf("find the TPM's attestation key: %w", err)
 	}
@@ -201,10 +197,25 @@ const maxResponse = 4096
 // several, where the device gives it whole. The kernel sends a command again when
 // the TPM asks for that.
 type device struct {
+	path     string
 	file     *os.File
 	command  []byte
 	response []byte
 }
+
+// Open implements tpm2.TPMDevice. It can be called once.
+func (d *device) Open() (tpm2.Transport, error) {
+	fd, err := unix.Open(d.path, unix.O_RDWR|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, err
+	}
+	// A blocking file: os.Open would make it a non-blocking one, for which the
+	// driver answers differently.
+	d.file = os.NewFile(uintptr(fd), d.path)
+	return d, nil
+}
+
+func (d *device) String() string { return d.path }
 
 // headerSize is that of a command: tag, size and code (TPM 2.0 Library, Part 1,
 // section 18.4).

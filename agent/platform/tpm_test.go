@@ -7,6 +7,8 @@ import (
 	"crypto/sha256"
 	"crypto/x509"
 	"encoding/binary"
+	"fmt"
+	"io"
 	"net"
 	"os"
 	"path/filepath"
@@ -66,7 +68,8 @@ func (c *waitConn) Close() error {
 	return err
 }
 
-func provisioned(t *testing.T) (tpm2.Transport, *softtpm.CA) {
+// made starts a TPM that was made as the launcher makes it.
+func made(t *testing.T) (tpm2.TPMDevice, *softtpm.CA) {
 	t.Helper()
 	tools := imagetest.Tools(t)
 	ca, err := softtpm.OpenCA(t.TempDir())
@@ -74,21 +77,20 @@ func provisioned(t *testing.T) (tpm2.Transport, *softtpm.CA) {
 		t.Fatal(err)
 	}
 	state := t.TempDir()
-	if err := softtpm.Provision(t.Context(), swtpm(t, tools, state, "not-need-init"), ca); err != nil {
+	if err := softtpm.Make(t.Context(), tools, state, ca); err != nil {
 		t.Fatal(err)
 	}
-	transport := softtpm.NewTransport(swtpm(t, tools, state, "not-need-init,startup-clear"))
-	t.Cleanup(func() { transport.Close() })
-	return transport, ca
+	return softtpm.Device{Conn: swtpm(t, tools, state, "not-need-init,startup-clear")}, ca
 }
 
 // A real software TPM, as the launcher provisions it.
 func TestTPM(t *testing.T) {
-	transport, ca := provisioned(t)
-	p, err := newTPM(transport, []byte("log"))
+	device, ca := made(t)
+	p, err := newTPM(device, []byte("log"))
 	if err != nil {
 		t.Fatal(err)
 	}
+	defer p.tpm.Close()
 	if p.Register() != cel.PCR15 || p.CheckManifest([]byte("any")) != nil {
 		t.Error("it is not PCR 15 or it knows of a manifest")
 	}
@@ -146,28 +148,39 @@ func TestTPM(t *testing.T) {
 // meddler is a host that changes a PCR between when it is read and when it is
 // quoted.
 type meddler struct {
-	tpm2.Transport
-	commands transportutil.CommandBuffer
-	left     int // how often it will
+	tpm2.TPMDevice
+	left int // how often it will
 }
 
-func newMeddler(transport tpm2.Transport) *meddler {
-	m := &meddler{Transport: transport}
-	m.commands = transportutil.BufferCommands(command(func(p []byte) (int, error) {
+func (m *meddler) Open() (tpm2.Transport, error) {
+	transport, err := m.TPMDevice.Open()
+	if err != nil {
+		return nil, err
+	}
+	commands := transportutil.BufferCommands(command(func(p []byte) (int, error) {
 		if code := tpm2.CommandCode(binary.BigEndian.Uint32(p[6:])); code == tpm2.CommandQuote && m.left > 0 {
 			m.left--
-			tpm := tpm2.NewTPMContext(transport)
-			digest := tpm2.MakeTaggedHash(tpm2.HashAlgorithmSHA256, make([]byte, 32))
-			if err := tpm.PCRExtend(tpm.PCRHandleContext(14), tpm2.TaggedHashList{digest}, nil); err != nil {
+			// TPM2_PCR_Extend of PCR 14 by zeros, with an empty password: TPM 2.0 Library,
+			// Part 3, section 22.2.
+			extend := []byte{0x80, 2, 0, 0, 0, 65, 0, 0, 1, 0x82, 0, 0, 0, 14, 0, 0, 0, 9, 0x40, 0, 0, 9, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0x0b, 64: 0}
+			if _, err := transport.Write(extend); err != nil {
 				return 0, err
+			}
+			if reply, err := io.ReadAll(io.LimitReader(transport, 19)); err != nil || !bytes.Equal(reply[6:10], make([]byte, 4)) {
+				return 0, fmt.Errorf("extend PCR 14: %x, %v", reply, err)
 			}
 		}
 		return transport.Write(p)
 	}), 4096)
-	return m
+	return &meddled{transport, commands}, nil
 }
 
-func (m *meddler) Write(p []byte) (int, error) { return m.commands.Write(p) }
+type meddled struct {
+	tpm2.Transport
+	commands transportutil.CommandBuffer
+}
+
+func (m *meddled) Write(p []byte) (int, error) { return m.commands.Write(p) }
 
 // command is an io.Writer of whole commands.
 type command func([]byte) (int, error)
@@ -175,12 +188,13 @@ type command func([]byte) (int, error)
 func (c command) Write(p []byte) (int, error) { return c(p) }
 
 func TestTPMReadsPCRsAgain(t *testing.T) {
-	transport, _ := provisioned(t)
-	m := newMeddler(transport)
+	device, _ := made(t)
+	m := &meddler{TPMDevice: device}
 	p, err := newTPM(m, []byte("log"))
 	if err != nil {
 		t.Fatal(err)
 	}
+	defer p.tpm.Close()
 	m.left = quoteTries - 1
 	if err := p.Prove(&evidence.Document{}); err != nil {
 		t.Errorf("after %d changes: %v", quoteTries-1, err)
@@ -196,9 +210,9 @@ func TestTPMReadsPCRsAgain(t *testing.T) {
 
 func TestTPMWithoutKey(t *testing.T) {
 	tools := imagetest.Tools(t)
-	transport := softtpm.NewTransport(swtpm(t, tools, t.TempDir(), "not-need-init,startup-clear"))
-	defer transport.Close()
-	if _, err := newTPM(transport, nil); err == nil || !strings.Contains(err.Error(), "attestation key") {
+	device := softtpm.Device{Conn: swtpm(t, tools, t.TempDir(), "not-need-init,startup-clear")}
+	defer device.Close()
+	if _, err := newTPM(device, nil); err == nil || !strings.Contains(err.Error(), "attestation key") {
 		t.Errorf("got %v", err)
 	}
 }

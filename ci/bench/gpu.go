@@ -81,22 +81,14 @@ func verifyGPUs(n int) (wall, cpu float64, err error) {
 		if _, err := v.Verify(first, p); err != nil {
 			return 0, 0, err
 		}
-		used, begin := processorTime(), time.Now()
+		used, begin := processorTime(syscall.RUSAGE_SELF), time.Now()
 		if _, err := v.Verify(second, p); err != nil {
 			return 0, 0, err
 		}
 		walls = append(walls, float64(time.Since(begin).Microseconds())/1000)
-		cpus = append(cpus, float64((processorTime()-used).Microseconds())/1000)
+		cpus = append(cpus, float64((processorTime(syscall.RUSAGE_SELF)-used).Microseconds())/1000)
 	}
 	return slices.Min(walls), median(cpus), nil
-}
-
-func processorTime() time.Duration {
-	var u syscall.Rusage
-	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &u); err != nil {
-		return 0
-	}
-	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
 }
 
 // helperMemory returns the most that the helper ever held, in MB, with a stand-in

@@ -30,15 +30,58 @@ const runs, warmUp = 11, 5
 const body = `{"model":"chrysalis/demo","stream":true,"temperature":0,"max_tokens":64,` +
 	`"messages":[{"role":"user","content":"Who can read my prompt?"}]}`
 
+// part is one thing to measure.
+type part struct {
+	name    string
+	measure func() error
+}
+
+// parts are what is measured, in this order.
+var parts = []part{
+	{"sizes", sizes},
+	{"boot", func() error { return withHost(host.boot) }},
+	{"overhead", func() error { return withHost(host.overhead) }},
+	{"prefetch", func() error { return withHost(host.prefetch) }},
+	{"disks", disks},
+	{"attest", attestation},
+	{"gpu", gpus},
+	{"ton", ton},
+	{"demo", cleanDemo},
+	{"builds", builds},
+}
+
 func main() {
-	vms := flag.Bool("vms", true, "boot VMs and ask them")
-	demo := flag.Bool("demo", true, "time 'make demo' from a clean clone with an empty cache")
-	build := flag.Bool("builds", true, "time builds")
+	var names []string
+	for _, part := range parts {
+		names = append(names, part.name)
+	}
+	only := flag.String("only", strings.Join(names, ","), "the parts to measure")
 	flag.Parse()
-	if err := run(*vms, *demo, *build); err != nil {
+	if err := run(strings.Split(*only, ",")); err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		os.Exit(1)
 	}
+}
+
+// run measures the parts of these names.
+func run(wanted []string) error {
+	for _, name := range wanted {
+		if !slices.ContainsFunc(parts, func(p part) bool { return p.name == name }) {
+			return fmt.Errorf("there is no part %q", name)
+		}
+	}
+	fmt.Printf("%s, %d processors, %s\n\n", cpu(), runtime.NumCPU(), time.Now().UTC().Format(time.DateOnly))
+	fmt.Println("| what | measured | limit | |")
+	fmt.Println("|---|---|---|---|")
+	for _, part := range parts {
+		if !slices.Contains(wanted, part.name) {
+			continue
+		}
+		if err := part.measure(); err != nil {
+			return fmt.Errorf("%s: %w", part.name, err)
+		}
+	}
+	return nil
 }
 
 // row prints a figure beside its limit, and says whether it holds.
@@ -62,13 +105,13 @@ func number(v float64) string {
 	if v >= 100 {
 		return strconv.FormatFloat(v, 'f', 0, 64)
 	}
+	if v > 0 && v < 0.1 {
+		return strconv.FormatFloat(v, 'f', 5, 64)
+	}
 	return strconv.FormatFloat(v, 'f', 2, 64)
 }
 
-func run(vms, demo, build bool) error {
-	fmt.Printf("%s, %d processors, %s\n\n", cpu(), runtime.NumCPU(), time.Now().UTC().Format(time.DateOnly))
-	fmt.Println("| what | measured | limit | |")
-	fmt.Println("|---|---|---|---|")
+func sizes() error {
 	for _, a := range []struct {
 		what, path string
 		limit      float64
@@ -85,23 +128,11 @@ func run(vms, demo, build bool) error {
 			figure(a.what, "MB", mb)
 		}
 	}
-
-	for _, part := range []struct {
-		wanted  bool
-		measure func() error
-	}{{true, gpus}, {vms, inVMs}, {demo, cleanDemo}, {build, builds}} {
-		if !part.wanted {
-			continue
-		}
-		if err := part.measure(); err != nil {
-			return err
-		}
-	}
 	return nil
 }
 
-// inVMs measures in VMs that it boots.
-func inVMs() error {
+// withHost gives a measurement a host of its own.
+func withHost(measure func(host) error) error {
 	state, err := os.MkdirTemp("", "chrysalis-bench-")
 	if err != nil {
 		return err
@@ -109,10 +140,7 @@ func inVMs() error {
 	defer os.RemoveAll(state)
 	h := host{state}
 	defer h.run("down", "--all", "--now")
-	if err := h.boot(); err != nil {
-		return err
-	}
-	return h.overhead()
+	return measure(h)
 }
 
 // host runs the CLI with a state of its own.

@@ -22,6 +22,7 @@ import (
 	"chrysalis/image/imagetest"
 	"chrysalis/image/toolsroot"
 	"chrysalis/launcher"
+	"chrysalis/launcher/softtpm"
 )
 
 // TestExport boots an exported disk as a provider would: firmware finds it by
@@ -74,7 +75,7 @@ func TestExport(t *testing.T) {
 	t.Logf("SHA-256 %s before and %s after", before, after)
 }
 
-// diskVM is a VM that starts from a disk.
+// diskVM is a VM whose QEMU the test itself has started.
 type diskVM struct {
 	t      *testing.T
 	dir    string
@@ -85,10 +86,19 @@ type diskVM struct {
 	in     *bufio.Reader
 }
 
-// bootDisk starts QEMU with the launcher's command line but for what it starts
-// from, and waits until the VM's vsock driver runs. It is emulated, which works
-// on every machine.
+// bootDisk starts QEMU with the launcher's command line for a VM that starts from
+// a disk, and waits until its vsock driver runs. It is emulated, which works on
+// every machine.
 func bootDisk(t *testing.T, disk string) *diskVM {
+	t.Helper()
+	vm := startQEMU(t, diskCommand(t), toolsroot.Bind{Host: disk, Inside: "/vm/disk0", Writable: true})
+	vm.await(vm.driverRuns)
+	time.Sleep(time.Second) // as the launcher waits, for an emulated VM
+	return vm
+}
+
+// startQEMU starts QEMU and what belongs to it, and lets the VM run.
+func startQEMU(t *testing.T, argv []string, binds ...toolsroot.Bind) *diskVM {
 	t.Helper()
 	tools := imagetest.Tools(t)
 	runtime.LockOSThread() // for as long as the test; see toolsroot.Root.Cmd
@@ -97,11 +107,12 @@ func bootDisk(t *testing.T, disk string) *diskVM {
 	shared := toolsroot.Bind{Host: vm.dir, Inside: "/vm/io", Writable: true}
 	tpm := toolsroot.Bind{Host: state, Inside: "/vm/tpm", Writable: true}
 
-	if out, err := tools.Cmd(t.Context(), toolsroot.Command{
-		Args: []string{"swtpm_setup", "--tpm2", "--tpm-state", "dir:///vm/tpm", "--pcr-banks", "sha256,sha384"},
-		Bind: []toolsroot.Bind{tpm}, Offline: true,
-	}).CombinedOutput(); err != nil {
-		t.Fatalf("make a TPM: %v: %s", err, out)
+	ca, err := softtpm.OpenCA(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := softtpm.Make(t.Context(), tools, state, ca); err != nil {
+		t.Fatal(err)
 	}
 	start := func(c toolsroot.Command) *exec.Cmd {
 		cmd := tools.Cmd(context.Background(), c)
@@ -140,8 +151,7 @@ func bootDisk(t *testing.T, disk string) *diskVM {
 	}
 	defer listener.Close()
 	vm.qemu = start(toolsroot.Command{
-		Args: diskCommand(t), Offline: true,
-		Bind: []toolsroot.Bind{shared, {Host: disk, Inside: "/vm/disk0", Writable: true}},
+		Args: argv, Offline: true, Bind: append(binds, shared),
 	})
 	go func() {
 		vm.qemu.Wait()
@@ -155,8 +165,6 @@ func bootDisk(t *testing.T, disk string) *diskVM {
 	vm.in = bufio.NewReader(vm.qmp)
 	vm.execute("qmp_capabilities", nil)
 	vm.execute("cont", nil)
-	vm.await(vm.driverRuns)
-	time.Sleep(time.Second) // as the launcher waits, for an emulated VM
 	return vm
 }
 

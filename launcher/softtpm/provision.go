@@ -68,14 +68,14 @@ func akTemplate() *tpm2.Public {
 // Provision starts up the TPM at conn, gives it its keys and the certificate, and
 // shuts it down so that a VM can start it. It closes conn.
 func Provision(ctx context.Context, conn net.Conn, ca *CA) error {
-	tpm := tpm2.NewTPMContext(NewTransport(conn))
+	tpm, err := tpm2.OpenTPMDevice(Device{conn})
+	if err != nil {
+		return err
+	}
 	defer tpm.Close()
 	stop := context.AfterFunc(ctx, func() { conn.SetDeadline(time.Now()) })
 	defer stop()
-	if err := provision(tpm, ca); err != nil {
-		return fmt.Errorf("prepare the software TPM: %w", err)
-	}
-	return nil
+	return provision(tpm, ca)
 }
 
 func provision(tpm *tpm2.TPMContext, ca *CA) error {
@@ -124,16 +124,20 @@ func makeKey(tpm *tpm2.TPMContext, template *tpm2.Public, handle tpm2.Handle) (*
 // maxMessage bounds a command and a response, in bytes: swtpm's buffer.
 const maxMessage = 4096
 
-// NewTransport returns go-tpm2's transport over a connection to swtpm's data
-// socket. Commands are sent again where the TPM asks for it: nobody else does
-// that on a socket.
-func NewTransport(conn net.Conn) tpm2.Transport {
+// Device is a connection to swtpm's data socket, as go-tpm2 wants it. Commands are
+// sent again where the TPM asks for it: nobody else does that on a socket.
+type Device struct{ net.Conn }
+
+// Open implements tpm2.TPMDevice. It can be called once.
+func (d Device) Open() (tpm2.Transport, error) {
 	return transportutil.NewRetrierTransport(&socket{
-		conn: conn,
-		r:    transportutil.BufferResponses(conn, maxMessage),
-		w:    transportutil.BufferCommands(conn, maxMessage),
-	}, transportutil.RetryParams{MaxRetries: 8, InitialBackoff: 5 * time.Millisecond, BackoffRate: 2})
+		conn: d.Conn,
+		r:    transportutil.BufferResponses(d.Conn, maxMessage),
+		w:    transportutil.BufferCommands(d.Conn, maxMessage),
+	}, transportutil.RetryParams{MaxRetries: 8, InitialBackoff: 5 * time.Millisecond, BackoffRate: 2}), nil
 }
+
+func (d Device) String() string { return "software TPM" }
 
 type socket struct {
 	conn net.Conn

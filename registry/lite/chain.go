@@ -29,8 +29,15 @@ var (
 	ErrCode      = errors.New("the account's code is not the one expected")
 )
 
-// maxCell bounds the cells of one proof.
+// maxCells bounds the cells of one bag, of which an account has at most 65,536.
 const maxCells = 1 << 17
+
+func init() {
+	// These hold for what package tl parses on its own too. A large bag is hashed in
+	// goroutines otherwise, where a panic could not be caught.
+	cell.MaxBOCCells = maxCells
+	cell.ParallelBOCMinCells = 0
+}
 
 // parseBOC reads a bag of cells of so many roots.
 func parseBOC(data []byte, roots int) ([]*cell.Cell, error) {

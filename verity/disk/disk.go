@@ -12,10 +12,12 @@
 package disk
 
 import (
+	"archive/tar"
 	"crypto/sha256"
 	"fmt"
 	"io"
 	"io/fs"
+	"strings"
 
 	"github.com/erofs/go-erofs"
 
@@ -69,6 +71,17 @@ type Options struct {
 	Resume string
 	// KeepPartial keeps the unfinished disk after an error, too.
 	KeepPartial bool
+}
+
+// SparseEntry reports whether a tar entry is a sparse file: a few bytes of a stream
+// that stand for as many bytes of zeros as its writer likes.
+func SparseEntry(h *tar.Header) bool {
+	for key := range h.PAXRecords {
+		if strings.HasPrefix(key, "GNU.sparse.") {
+			return true
+		}
+	}
+	return h.Typeflag == tar.TypeGNUSparse
 }
 
 func (o *Options) sums() bool { return o.Late != nil }

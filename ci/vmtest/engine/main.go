@@ -9,13 +9,20 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"slices"
 	"strings"
+	"syscall"
 	"time"
 )
 
 func main() {
 	mode, socket := os.Args[1], os.Args[2]
+	if i := slices.Index(os.Args, "--uds"); i > 0 { // as vLLM is called
+		mode, socket = "vllm", os.Args[i+1]
+	}
 	switch mode {
+	case "vllm":
+		likeVLLM()
 	case "exit":
 		fmt.Println("engine: exits at once")
 		os.Exit(7)
@@ -34,6 +41,36 @@ func main() {
 	err = http.Serve(ln, nil)
 	fmt.Println("engine:", err)
 	os.Exit(1)
+}
+
+// likeVLLM looks around as a server of sharded models does, and says what it finds.
+func likeVLLM() {
+	fmt.Println("engine: called with", strings.Join(os.Args[1:], " "))
+	model := os.Args[slices.Index(os.Args, "--model")+1]
+	var names []string
+	entries, err := os.ReadDir(model)
+	for _, e := range entries {
+		names = append(names, e.Name())
+	}
+	fmt.Println("engine: sees", strings.Join(names, " "), "in", model, "errors:", err)
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err == nil {
+		var conn net.Conn
+		if conn, err = net.Dial("tcp", ln.Addr().String()); err == nil {
+			conn.Close()
+		}
+	}
+	if err == nil {
+		fmt.Println("engine: talks to itself over 127.0.0.1")
+	} else {
+		fmt.Println("engine:", err)
+	}
+	_, errOut := net.DialTimeout("tcp", "10.0.2.2:80", time.Second)
+	const vsock = 40 // AF_VSOCK
+	_, errVsock := syscall.Socket(vsock, syscall.SOCK_STREAM, 0)
+	if errOut != nil && errVsock != nil {
+		fmt.Println("engine: nothing else can be reached")
+	}
 }
 
 // chat obeys the last message: "die" ends the engine after three events,
