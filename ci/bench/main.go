@@ -44,6 +44,7 @@ var parts = []part{
 	{"prefetch", func() error { return withHost(host.prefetch) }},
 	{"disks", disks},
 	{"attest", attestation},
+	{"gpu", gpus},
 	{"ton", ton},
 	{"measure", prediction},
 	{"demo", cleanDemo},
