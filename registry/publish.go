@@ -279,8 +279,9 @@ func (p *Publisher) Send(ctx context.Context, plan *Plan) error {
 						}
 					case time.Unix(int64(view.Head.Time), 0).After(plan.until.Add(10 * time.Second)):
 						return errors.Join(ErrExpiry, sent)
-					case sent != nil:
-						return fmt.Errorf("no liteserver takes the message: %w", sent)
+					case refusedByAll(sent):
+						return fmt.Errorf("%w; should one have passed it on all the same, it can be executed until %s",
+							sent, plan.until.UTC().Format(time.TimeOnly))
 					}
 				}
 			}
@@ -297,7 +298,22 @@ func (p *Publisher) Send(ctx context.Context, plan *Plan) error {
 	}
 }
 
-// state proves who owns the registry.
+// refusedByAll reports whether every liteserver said that it does not take a message.
+// One that did not answer may have passed it on.
+func refusedByAll(sent error) bool {
+	failures, ok := errors.AsType[lite.Failures](sent)
+	if !ok {
+		return false
+	}
+	for _, f := range failures {
+		if _, ok := errors.AsType[*lite.Error](f.Err); !ok {
+			return false
+		}
+	}
+	return true
+}
+
+// owner proves who owns the registry.
 func (p *Publisher) owner(ctx context.Context, view *lite.View) (owner, pending lite.Address, err error) {
 	account, err := view.Method(ctx, p.Registry, codeHash, "owner")
 	if errors.Is(err, lite.ErrNoAccount) {
