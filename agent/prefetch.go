@@ -18,7 +18,7 @@ import (
 const (
 	// readaheadKiB is how far the kernel reads ahead of a sequential reader of a
 	// verity device. docs/performance.md has the measurement.
-	readaheadKiB = 4096
+	readaheadKiB = 2048
 	// prefetchPiece is what one reader of several takes at a time, in bytes.
 	prefetchPiece = 16 << 20
 )
