@@ -312,6 +312,9 @@ var attacks = []struct {
 		s.vm.Boot()
 		s.vm.Sign = func(d *evidence.Document) { d.Manifest = shown }
 	}},
+	{"another manifest than the policy's", record.TDX, attest.CheckManifest, func(s *scene) {
+		s.client.Policy.Manifests = []record.Hex{bytes.Repeat([]byte{1}, 32)}
+	}},
 	{"an engine that no record approves", record.TDX, attest.CheckEngine, func(s *scene) {
 		s.vm.Manifest.Engine.RootHash = hash("evil engine")
 		s.vm.Boot()

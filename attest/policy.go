@@ -66,6 +66,11 @@ type Policy struct {
 	// cannot set it. The manifest is still in RTMR3.
 	AllowUnsetMRConfigID bool `json:"allow_unset_mrconfigid,omitempty"`
 
+	// Manifests lists the only manifests allowed, by their SHA-256: for a client that
+	// wants to know the engine's parameters and the limits as well. Empty allows
+	// every manifest whose engine and models are approved.
+	Manifests []record.Hex `json:"manifests,omitempty"`
+
 	// Engines and Models are approved besides those in records.
 	Engines []Approved `json:"engines,omitempty"`
 	Models  []Approved `json:"models,omitempty"`
@@ -214,6 +219,11 @@ func (p *Policy) Check() error {
 	for i, m := range p.MRSEAM {
 		if len(m) != 48 {
 			return fmt.Errorf("mrseam[%d]: %d bytes, expected 48", i, len(m))
+		}
+	}
+	for i, m := range p.Manifests {
+		if len(m) != 32 {
+			return fmt.Errorf("manifests[%d]: %d bytes, expected 32", i, len(m))
 		}
 	}
 	for name, list := range map[string][]Approved{"engines": p.Engines, "models": p.Models} {

@@ -133,8 +133,7 @@ func attestationKey(t *evidence.TPM, in *Input) (crypto.PublicKey, *x509.Certifi
 		Roots: pool(roots), Intermediates: pool(chain[1:]), CurrentTime: in.Time, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny},
 	})
 	if err != nil {
-		if unknown, ok := errors.AsType[x509.UnknownAuthorityError](err); ok {
-			_ = unknown
+		if _, unknown := errors.AsType[x509.UnknownAuthorityError](err); unknown {
 			last := chain[len(chain)-1]
 			return nil, nil, fmt.Errorf("the attestation key's certificate is of %q, which the policy does not trust", last.Issuer.CommonName)
 		}
@@ -145,6 +144,8 @@ func attestationKey(t *evidence.TPM, in *Input) (crypto.PublicKey, *x509.Certifi
 		return nil, nil, errors.New("the attestation key is not a TPMT_PUBLIC")
 	}
 	// Restricted keys sign nothing that says TPM_GENERATED but what their TPM says.
+	// Whoever issued the certificate vouches for the key being one; that the key says
+	// so of itself only finds a TPM that was set up wrongly.
 	const must = tpm2.AttrFixedTPM | tpm2.AttrFixedParent | tpm2.AttrSensitiveDataOrigin | tpm2.AttrRestricted | tpm2.AttrSign
 	if ak.Attrs&must != must || ak.Attrs&tpm2.AttrDecrypt != 0 {
 		return nil, nil, errors.New("the attestation key is not a restricted signing key that cannot leave its TPM")

@@ -111,6 +111,8 @@ type Check struct {
 	Detail   string `json:"detail,omitempty"` // what was seen, or what is wrong
 	Expected string `json:"expected,omitempty"`
 	Found    string `json:"found,omitempty"`
+
+	Took time.Duration `json:"-"` // how long the check took
 }
 
 // String is one line, without expected and found.
@@ -229,7 +231,9 @@ type run struct {
 func (r *run) check(name Name, subject string, f func() outcome) bool {
 	c := Check{Name: name, Title: titles[name], Subject: subject, Status: NotRun}
 	if !r.over {
+		begin := time.Now()
 		o := contained(f)
+		c.Took = time.Since(begin)
 		c.Status, c.Detail, c.Expected, c.Found = o.status, o.detail, o.expected, o.found
 	}
 	r.verdict.Checks = append(r.verdict.Checks, c)

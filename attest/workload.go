@@ -5,10 +5,12 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
+	"slices"
 
 	"chrysalis/attest/evidence"
 	"chrysalis/manifest"
 	"chrysalis/measure/cel"
+	"chrysalis/measure/record"
 )
 
 // replayCEL reads the event log and compares what it makes of the register with
@@ -56,8 +58,11 @@ func (r *run) verifyWorkload(d *evidence.Document, events []cel.Event, mrConfigI
 				return same("MRCONFIGID is of another manifest", mrConfigID, sum[:])
 			}
 		}
-		m = parsed
 		short := sha256.Sum256(d.Manifest)
+		if list := in.Policy.Manifests; len(list) > 0 && !slices.ContainsFunc(list, func(h record.Hex) bool { return bytes.Equal(h, short[:]) }) {
+			return outcome{Failed, "the policy does not list this manifest", one(list), hex.EncodeToString(short[:])}
+		}
+		m = parsed
 		r.verdict.Manifest = short[:]
 		return pass("SHA-256 %x", short)
 	})

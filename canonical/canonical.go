@@ -15,6 +15,8 @@ import (
 	"fmt"
 	"io"
 	"slices"
+	"strconv"
+	"strings"
 )
 
 // maxDepth bounds how deep objects and arrays may nest.
@@ -30,53 +32,120 @@ func Encode(v any) ([]byte, error) {
 	if err != nil {
 		return nil, fmt.Errorf("encode: %w", err)
 	}
-	var tree any
-	dec := json.NewDecoder(bytes.NewReader(plain))
-	dec.UseNumber()
-	if err := dec.Decode(&tree); err != nil {
-		return nil, fmt.Errorf("encode: %w", err)
-	}
-	if err := check(tree); err != nil {
+	a := arranger{in: plain, out: make([]byte, 0, len(plain))}
+	if err := a.value(); err != nil {
 		return nil, err
 	}
-	out, err := json.Marshal(tree) // encoding/json sorts a map's keys by bytes
-	if err != nil {
-		return nil, fmt.Errorf("encode: %w", err)
-	}
-	return out, nil
+	return a.out, nil
 }
 
-// check refuses values whose encoding by encoding/json might not be RFC 8785's.
-func check(v any) error {
-	switch v := v.(type) {
-	case map[string]any:
-		for key, value := range v {
-			if err := check(key); err != nil {
-				return err
+// arranger copies what encoding/json wrote, which has no white space, with the
+// keys of objects in order. It refuses values whose encoding by encoding/json might
+// not be RFC 8785's.
+type arranger struct {
+	in  []byte
+	at  int
+	out []byte
+}
+
+func (a *arranger) value() error {
+	switch c := a.in[a.at]; c {
+	case '{':
+		return a.object()
+	case '[':
+		a.copy(1)
+		for i := 0; a.in[a.at] != ']'; i++ {
+			if i > 0 {
+				a.copy(1)
 			}
-			if err := check(value); err != nil {
-				return fmt.Errorf("%s: %w", key, err)
-			}
-		}
-	case []any:
-		for i, value := range v {
-			if err := check(value); err != nil {
+			if err := a.value(); err != nil {
 				return fmt.Errorf("[%d]: %w", i, err)
 			}
 		}
-	case string:
-		for i := range len(v) {
-			if c := v[i]; c < 0x20 || c > 0x7e || c == '"' || c == '\\' || c == '<' || c == '>' || c == '&' {
-				return fmt.Errorf("a string has the byte %#02x; only printable ASCII without quotes, backslashes, '<', '>' and '&' is allowed", c)
-			}
+		a.copy(1)
+	case '"':
+		n, err := a.text()
+		if err != nil {
+			return err
 		}
-	case json.Number:
-		if n, err := v.Int64(); err != nil || n > maxInteger || n < -maxInteger {
-			return fmt.Errorf("%.40s is not an integer of at most 2^53 - 1", v)
-		}
-	case nil:
+		a.copy(n)
+	case 'n':
 		return errors.New("null is not allowed")
+	case 't':
+		a.copy(len("true"))
+	case 'f':
+		a.copy(len("false"))
+	default:
+		n := 0
+		for a.at+n < len(a.in) && a.in[a.at+n] != ',' && a.in[a.at+n] != ']' && a.in[a.at+n] != '}' {
+			n++
+		}
+		number := a.in[a.at : a.at+n]
+		if v, err := strconv.ParseInt(string(number), 10, 64); err != nil || v > maxInteger || v < -maxInteger {
+			return fmt.Errorf("%.40s is not an integer of at most 2^53 - 1", number)
+		}
+		a.copy(n)
 	}
+	return nil
+}
+
+func (a *arranger) copy(n int) {
+	a.out = append(a.out, a.in[a.at:a.at+n]...)
+	a.at += n
+}
+
+// text returns the length of the string that comes, quotes included.
+func (a *arranger) text() (int, error) {
+	for n := 1; ; n++ {
+		switch c := a.in[a.at+n]; {
+		case c == '"':
+			return n + 1, nil
+		case c < 0x20 || c > 0x7e || c == '\\': // what JSON escapes has a backslash here
+			return 0, errors.New("a string has another character than printable ASCII without quotes, backslashes, '<', '>' and '&'")
+		}
+	}
+}
+
+// object copies an object's fields in the order in which they come, and then, if
+// that is another, in the right one.
+func (a *arranger) object() error {
+	type field struct {
+		key        string
+		begin, end int // in out
+	}
+	var fields []field
+	a.copy(1)
+	begin := len(a.out)
+	for a.in[a.at] != '}' {
+		if len(fields) > 0 {
+			a.at++
+		}
+		f := field{begin: len(a.out)}
+		n, err := a.text()
+		if err != nil {
+			return err
+		}
+		f.key = string(a.in[a.at+1 : a.at+n-1])
+		a.copy(n + 1)
+		if err := a.value(); err != nil {
+			return fmt.Errorf("%s: %w", f.key, err)
+		}
+		f.end = len(a.out)
+		fields = append(fields, f)
+	}
+	slices.SortFunc(fields, func(x, y field) int { return strings.Compare(x.key, y.key) })
+	sorted := make([]byte, 0, len(a.out)-begin+len(fields))
+	for i, f := range fields {
+		if i > 0 {
+			if fields[i-1].key == f.key {
+				return fmt.Errorf("field %q is there twice", f.key)
+			}
+			sorted = append(sorted, ',')
+		}
+		sorted = append(sorted, a.out[f.begin:f.end]...)
+	}
+	a.out = append(a.out[:begin], sorted...)
+	a.copy(1)
 	return nil
 }
 

@@ -66,7 +66,7 @@ const (
 	ReasonDiskFormat      Reason = "disk-format"      // a verified disk does not hold what it should
 	ReasonGPU             Reason = "gpu-failed"       // the GPUs are not the ones that the manifest requires
 	ReasonLockdown        Reason = "lockdown-failed"  // the kernel refused to be locked down
-	ReasonEngineProfile   Reason = "engine-profile"   // the engine's profile refuses the manifest's parameters
+	ReasonEngineProfile   Reason = "engine-profile"   // the engine's profile refuses the manifest's models, parameters or GPUs
 	ReasonEngineStart     Reason = "engine-start"     // the engine could not be started
 	ReasonEngineTimeout   Reason = "engine-timeout"   // the engine did not answer in time
 	ReasonEngineFailing   Reason = "engine-failing"   // the engine died more often than the allowed rate
@@ -108,7 +108,7 @@ var explanations = map[Reason]string{
 	ReasonDiskFormat:      "a disk is authentic but does not hold an engine or a model; pack it with this version's tools",
 	ReasonGPU:             "the GPUs are not the ones that the manifest requires",
 	ReasonLockdown:        "the guest kernel refused to be locked down; the image is damaged",
-	ReasonEngineProfile:   "the manifest's parameters are not ones that the engine's profile accepts",
+	ReasonEngineProfile:   "the manifest's models, parameters or GPUs are not ones that the engine's profile accepts",
 	ReasonEngineStart:     "the engine's program could not be started; the engine disk does not fit its profile",
 	ReasonEngineTimeout:   "the engine did not become ready in the time that its profile allows",
 	ReasonEngineFailing:   "the engine kept dying; see the engine's output (chrysalis logs)",

@@ -208,6 +208,8 @@ func (e LogEvent) Text() string {
 			return "program " + quote(path)
 		}
 		return "a program"
+	case EvBootServicesDriver:
+		return "a driver, such as a device's option ROM"
 	case EvAction:
 		return quote(string(e.Data))
 	case EvGPT:

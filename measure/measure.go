@@ -79,6 +79,7 @@ const (
 	EvVariableDriverConfig = 0x80000001
 	EvVariableBoot         = 0x80000002
 	EvBootServicesApp      = 0x80000003
+	EvBootServicesDriver   = 0x80000004
 	EvGPT                  = 0x80000006
 	EvAction               = 0x80000007
 	EvFirmwareBlob         = 0x80000008

@@ -27,6 +27,11 @@ type System struct {
 	Variables  []Variable        // BootOrder and Boot####, instead of those of the firmware's profile
 	GPT        []byte            // the first sectors of the disk that is started from, for the event that measures its partitions
 	DiskSlot   int               // and its PCI device number
+	// ExitFailures is how often ExitBootServices fails before it succeeds: the
+	// kernel then asks for the memory map anew and calls it again. Where firmware
+	// has started from a disk it is 0 or 1, and nothing that is known decides which;
+	// nil stands for not known.
+	ExitFailures *int
 }
 
 // Events lists what the VM measures until its kernel runs, in order.
@@ -113,8 +118,15 @@ func (s *System) Events() ([]Event, error) {
 	}
 	add(rest...)
 	invoked := action(a, 5, "exit-boot-services", "Exit Boot Services Invocation")
-	if s.Boot == record.BootDisk && profile.DiskRetry {
-		add(invoked, action(a, 5, "exit-boot-services-failed", "Exit Boot Services Returned with Failure"))
+	failed := action(a, 5, "exit-boot-services-failed", "Exit Boot Services Returned with Failure")
+	switch {
+	case s.ExitFailures != nil:
+		for range *s.ExitFailures {
+			add(invoked, failed)
+		}
+	case s.Boot == record.BootDisk && tdx:
+		failed.Digest, failed.Missing = nil, "after a start from a disk the first ExitBootServices fails on some machines; say with --exit-failures 0 or 1 what yours do"
+		add(failed)
 	}
 	add(invoked, action(a, 5, "exit-boot-services-done", "Exit Boot Services Returned with Success"))
 	return events, nil

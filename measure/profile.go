@@ -24,9 +24,6 @@ type Profile struct {
 	// KernelBoot and DiskBoot are the boot options that are there when the
 	// firmware starts what -kernel gives it, and what it finds on a disk.
 	KernelBoot, DiskBoot []BootOption
-	// DiskRetry says that the first call of ExitBootServices fails when a disk was
-	// started from: its driver frees memory in that very moment.
-	DiskRetry bool
 	// OldSeparator says that a TD's separator goes into RTMR0 a second time
 	// instead of RTMR1.
 	OldSeparator bool
@@ -109,7 +106,6 @@ var Profiles = map[string]Profile{
 		BIOS:       biosDebian202608,
 		KernelBoot: []BootOption{optionBootMgr, optionSetup},
 		DiskBoot:   []BootOption{optionDisk, optionBootMgr, optionSetup, optionShell},
-		DiskRetry:  true,
 		CRTM:       "2026.08+ds-2",
 		Volumes:    [2]string{"10e48f005bc9f468", "7aad15bf592e8ebe"},
 	},
@@ -121,7 +117,6 @@ var Profiles = map[string]Profile{
 		SecureBoot: []byte{0},
 		KernelBoot: []BootOption{optionBootMgr},
 		DiskBoot:   []BootOption{{1, 0x001, "UEFI Misc Device", guid{}, true}, optionBootMgr},
-		DiskRetry:  true,
 		Untested: "no log of a TD with this firmware has been seen: its variables and SMBIOS are those of a boot without TDX, " +
 			"its events and their order those of edk2's source, what a disk adds that of the generic build",
 	},

@@ -14,6 +14,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"syscall"
@@ -531,5 +532,41 @@ func TestDiffAndList(t *testing.T) {
 	list, err := List(dir)
 	if err != nil || len(list) != 2 || list[0].Info.Ref() != one.Ref() || list[1].Info.Ref() != two.Ref() {
 		t.Errorf("%+v, %v", list, err)
+	}
+}
+
+// A disk of 1 TiB is described in the time and memory of a small one.
+func TestInspectHuge(t *testing.T) {
+	const size = 1 << 40
+	c := &card.Card{
+		Version: card.Version, Name: "huge/model", Revision: "1", Format: card.GGUF, Entry: GGUFName,
+		Files: []card.File{{Path: GGUFName, Size: size, SHA256: strings.Repeat("0", 64)}},
+	}
+	data, err := c.Encode()
+	if err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(t.TempDir(), "huge.disk")
+	d, err := disk.WriteSparse(path, GGUFName, size, card.Path, data)
+	if err != nil {
+		t.Skipf("no sparse file of 1 TiB here: %v", err)
+	}
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	info, err := Inspect(path)
+	runtime.ReadMemStats(&after)
+	if err != nil || info.Disk.RootHash != d.RootHash || info.Size() != size {
+		t.Errorf("%+v, %v", info, err)
+	}
+	if grown := after.TotalAlloc - before.TotalAlloc; grown > 4<<20 {
+		t.Errorf("it took %d bytes", grown)
+	}
+	f, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if _, err := verity.FindPartitions(f, d.Size, d.RootHash, d.DataBlocks); err != nil {
+		t.Error(err)
 	}
 }

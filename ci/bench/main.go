@@ -39,9 +39,14 @@ type part struct {
 // parts are what is measured, in this order.
 var parts = []part{
 	{"sizes", sizes},
-	{"vms", inVMs},
+	{"boot", func() error { return withHost(host.boot) }},
+	{"overhead", func() error { return withHost(host.overhead) }},
+	{"prefetch", func() error { return withHost(host.prefetch) }},
 	{"disks", disks},
+	{"attest", attestation},
+	{"gpu", gpus},
 	{"ton", ton},
+	{"measure", prediction},
 	{"demo", cleanDemo},
 	{"builds", builds},
 }
@@ -127,8 +132,8 @@ func sizes() error {
 	return nil
 }
 
-// inVMs measures in VMs that it boots.
-func inVMs() error {
+// withHost gives a measurement a host of its own.
+func withHost(measure func(host) error) error {
 	state, err := os.MkdirTemp("", "chrysalis-bench-")
 	if err != nil {
 		return err
@@ -136,10 +141,7 @@ func inVMs() error {
 	defer os.RemoveAll(state)
 	h := host{state}
 	defer h.run("down", "--all", "--now")
-	if err := h.boot(); err != nil {
-		return err
-	}
-	return h.overhead()
+	return measure(h)
 }
 
 // host runs the CLI with a state of its own.

@@ -75,7 +75,7 @@ func TestExport(t *testing.T) {
 	t.Logf("SHA-256 %s before and %s after", before, after)
 }
 
-// diskVM is a VM that starts from a disk.
+// diskVM is a VM whose QEMU the test itself has started.
 type diskVM struct {
 	t      *testing.T
 	dir    string
@@ -86,10 +86,19 @@ type diskVM struct {
 	in     *bufio.Reader
 }
 
-// bootDisk starts QEMU with the launcher's command line but for what it starts
-// from, and waits until the VM's vsock driver runs. It is emulated, which works
-// on every machine.
+// bootDisk starts QEMU with the launcher's command line for a VM that starts from
+// a disk, and waits until its vsock driver runs. It is emulated, which works on
+// every machine.
 func bootDisk(t *testing.T, disk string) *diskVM {
+	t.Helper()
+	vm := startQEMU(t, diskCommand(t), toolsroot.Bind{Host: disk, Inside: "/vm/disk0", Writable: true})
+	vm.await(vm.driverRuns)
+	time.Sleep(time.Second) // as the launcher waits, for an emulated VM
+	return vm
+}
+
+// startQEMU starts QEMU and what belongs to it, and lets the VM run.
+func startQEMU(t *testing.T, argv []string, binds ...toolsroot.Bind) *diskVM {
 	t.Helper()
 	tools := imagetest.Tools(t)
 	runtime.LockOSThread() // for as long as the test; see toolsroot.Root.Cmd
@@ -142,8 +151,7 @@ func bootDisk(t *testing.T, disk string) *diskVM {
 	}
 	defer listener.Close()
 	vm.qemu = start(toolsroot.Command{
-		Args: diskCommand(t), Offline: true,
-		Bind: []toolsroot.Bind{shared, {Host: disk, Inside: "/vm/disk0", Writable: true}},
+		Args: argv, Offline: true, Bind: append(binds, shared),
 	})
 	go func() {
 		vm.qemu.Wait()
@@ -157,8 +165,6 @@ func bootDisk(t *testing.T, disk string) *diskVM {
 	vm.in = bufio.NewReader(vm.qmp)
 	vm.execute("qmp_capabilities", nil)
 	vm.execute("cont", nil)
-	vm.await(vm.driverRuns)
-	time.Sleep(time.Second) // as the launcher waits, for an emulated VM
 	return vm
 }
 

@@ -31,6 +31,9 @@ func TestAddedByTheHost(t *testing.T) {
 		{"command line", []string{"-append", "console=ttyS0 init=/bin/sh"}, guest.ReasonCommandLine},
 		{"command line by SMBIOS", []string{"-smbios", "type=11,value=io.systemd.stub.kernel-cmdline-extra=debug"}, guest.ReasonCommandLine},
 		{"no TPM", nil, guest.ReasonPlatform},
+		{"a TPM without an attestation key", []string{
+			"-chardev", "socket,id=tpm,path=/vm/tpm.sock", "-tpmdev", "emulator,id=tpm0,chardev=tpm", "-device", "tpm-crb,tpmdev=tpm0",
+		}, guest.ReasonPlatform},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
@@ -41,7 +44,8 @@ func TestAddedByTheHost(t *testing.T) {
 	}
 }
 
-// startByHand boots the debug image without disks and without a TPM, waits until
+// startByHand boots the debug image without disks, and without a TPM unless args
+// connect the one at /vm/tpm.sock, which nobody has prepared. It waits until
 // its agent says on the console that it ends, and returns the reason that the
 // status port gives.
 func startByHand(t *testing.T, args ...string) string {
@@ -62,9 +66,15 @@ func startByHand(t *testing.T, args ...string) string {
 		t.Cleanup(func() { cancel(); cmd.Wait() })
 	}
 	run("vhost-device-vsock", "--vm", "guest-cid=3,uds-path=/vm/vsock.sock,socket=/vm/vhost.sock")
-	waitFor(t, ctx, "the vsock device", func() bool {
-		_, err := os.Stat(filepath.Join(dir, "vhost.sock"))
-		return err == nil
+	// For whoever wants it: a TPM that nobody has prepared.
+	if err := os.Mkdir(filepath.Join(dir, "tpm"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	run("swtpm", "socket", "--tpm2", "--tpmstate", "dir=/vm/tpm", "--ctrl", "type=unixio,path=/vm/tpm.sock")
+	waitFor(t, ctx, "the vsock device and the TPM", func() bool {
+		_, vsock := os.Stat(filepath.Join(dir, "vhost.sock"))
+		_, tpm := os.Stat(filepath.Join(dir, "tpm.sock"))
+		return vsock == nil && tpm == nil
 	})
 	run(append([]string{
 		"qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",

@@ -12,6 +12,7 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"strings"
@@ -43,9 +44,11 @@ type Options struct {
 	Disk     string   // the disk that is started from, where Boot is BootDisk
 	Firmware string   // the firmware; that of the tools root when empty
 	Profile  string   // the firmware's profile, where its hash is not known
-	Commit   string   // of the source; that of the provenance beside the image when empty
-	Lock     []byte   // image.lock
-	Tools    *toolsroot.Root
+	// ExitFailures is measure.System's; below 0 it is not known.
+	ExitFailures int
+	Commit       string // of the source; that of the provenance beside the image when empty
+	Lock         []byte // image.lock
+	Tools        *toolsroot.Root
 }
 
 // Result is a prediction.
@@ -75,6 +78,9 @@ func Run(ctx context.Context, o Options) (*Result, error) {
 		return nil, err
 	}
 	s := measure.System{Platform: o.Platform, Boot: o.Boot, DiskSlot: launcher.DiskSlot}
+	if o.ExitFailures >= 0 {
+		s.ExitFailures = &o.ExitFailures
+	}
 	base := record.Image{Name: strings.TrimSuffix(filepath.Base(o.Image), ".efi"), Lock: sum(o.Lock), QEMU: qemu}
 	var result Result
 	var group sync.WaitGroup
@@ -244,7 +250,13 @@ func (o Options) commit(r *Result, m *measure.Image) (string, error) {
 	s, err := provenance.ReadStatement(path)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		return "", fmt.Errorf("which commit the image was built from is not known: there is no %s; give --commit", path)
+		// An image that was just built from the checkout around it.
+		out, err := exec.Command("git", "rev-parse", "HEAD").Output()
+		if err != nil {
+			return "", fmt.Errorf("which commit the image was built from is not known: there is no %s; give --commit", path)
+		}
+		r.Notes = append(r.Notes, fmt.Sprintf("there is no %s: the record has the commit of the checkout that this runs in", path))
+		return strings.TrimSpace(string(out)), nil
 	case err != nil:
 		return "", err
 	}

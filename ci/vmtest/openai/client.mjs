@@ -25,6 +25,11 @@ for await (const event of stream) {
 assert.equal(streamed, whole.choices[0].message.content);
 assert.ok(events > 5);
 
+const tools = [{ type: "function", function: { name: "look_up", description: "Looks a word up",
+  parameters: { type: "object", properties: { word: { type: "string" } }, required: ["word"] } } }];
+const offered = await client.chat.completions.create({ ...ask, max_tokens: 16, tools });
+assert.ok(offered.choices[0].message.content || offered.choices[0].message.tool_calls);
+
 const plain = await client.completions.create({ model: models[0], prompt: "Chrysalis", max_tokens: 8 });
 assert.ok(plain.choices[0].text.length > 0);
 
