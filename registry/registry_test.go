@@ -26,7 +26,7 @@ var tenTON = big.NewInt(10e9)
 
 // testNet is a chain with liteservers, and a client that asks them.
 type testNet struct {
-	*testing.T
+	testing.TB
 	chain   *devnet.Chain
 	servers []*devnet.Server
 	network lite.Network
@@ -36,9 +36,9 @@ type testNet struct {
 
 func (n *testNet) now() time.Time { return time.Now().Add(time.Duration(n.ahead.Load())) }
 
-func newNet(t *testing.T, servers int) *testNet {
+func newNet(t testing.TB, servers int) *testNet {
 	t.Helper()
-	n := &testNet{T: t}
+	n := &testNet{TB: t}
 	c, err := devnet.Open(devnet.Options{Now: n.now})
 	if err != nil {
 		t.Fatal(err)
