@@ -52,6 +52,13 @@ var parts = []part{
 }
 
 func main() {
+	if os.Getenv(predictTen) != "" {
+		if err := predict(); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		return
+	}
 	var names []string
 	for _, part := range parts {
 		names = append(names, part.name)

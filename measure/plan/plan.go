@@ -15,6 +15,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"sync"
 
@@ -277,6 +278,11 @@ func (o Options) machines(ctx context.Context, models int) ([]measure.Machine, e
 	names := o.Shapes
 	if len(names) == 0 {
 		names = launcher.ShapeNames()
+	}
+	for i, name := range names {
+		if slices.Contains(names[:i], name) {
+			return nil, fmt.Errorf("shape %s is named twice", name)
+		}
 	}
 	list := make([]measure.Machine, len(names))
 	errs := make([]error, len(names))

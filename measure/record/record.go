@@ -376,8 +376,13 @@ func (f *File) Validate() error {
 		return fmt.Errorf("image: %w", err)
 	}
 	image := f.Image.Key()
+	names := map[string]bool{}
 	for i := range f.Shapes {
 		s := &f.Shapes[i]
+		if names[s.Name] {
+			return fmt.Errorf("shapes[%d]: %.80q is there twice", i, s.Name)
+		}
+		names[s.Name] = true
 		if err := s.Validate(); err != nil {
 			return fmt.Errorf("shapes[%d]: %w", i, err)
 		}

@@ -124,6 +124,7 @@ func TestValidate(t *testing.T) {
 		"shapes missing":         {func(f *File) { f.Shapes = nil }, "write [] for none"},
 		"a shape of another":     {func(f *File) { f.Shapes[0].Image = filled(32, 0) }, "shapes[0]: of another image"},
 		"a shape without RTMR0":  {func(f *File) { f.Shapes[0].RTMR0 = nil }, "rtmr0: 0 bytes"},
+		"a shape twice":          {func(f *File) { f.Shapes = append(f.Shapes, f.Shapes[0]) }, "is there twice"},
 		"too much memory":        {func(f *File) { f.Shapes[0].Memory = 1 << 60 }, "memory"},
 		"no vCPUs":               {func(f *File) { f.Shapes[0].VCPUs = 0 }, "vcpus"},
 		"an engine's hash":       {func(f *File) { f.Engines[0].Profile = nil }, "engines[0]: profile"},
