@@ -7,6 +7,7 @@
 #   make repro   two builds in different conditions, compared bit for bit
 #   make contract the contracts' code, from their source
 #   make bench   the figures of docs/performance.md
+#   make gpu-smoke  the GPU helper's read-only calls on this machine's own GPUs
 #   make lint    formatting, vet and static checks
 #   make clean   what make made in this folder; caches stay
 
@@ -16,7 +17,7 @@ mirrors = $(foreach m,$(MIRROR),--mirror $(m))
 
 chrysalis = bin/chrysalis
 
-.PHONY: demo test image release repro contract bench lint clean deps test-deps
+.PHONY: demo test image release repro contract bench gpu-smoke lint clean deps test-deps
 
 deps:
 	@ci/install-deps build
@@ -52,6 +53,9 @@ repro: deps
 bench: image
 	@$(chrysalis) image build --profile bench --image-only $(mirrors) >/dev/null
 	@go run ./ci/bench
+
+gpu-smoke: test-deps
+	@ci/gpu-smoke
 
 lint: deps
 	@ci/lint

@@ -97,7 +97,10 @@ func readAhead(ctx context.Context, path string, size int64) error {
 				for end := min(at+prefetchPiece, size); at < end; {
 					n, err := f.ReadAt(buf[:min(int64(len(buf)), end-at)], at)
 					at += int64(n)
-					if n == 0 || err != nil && !errors.Is(err, io.EOF) {
+					if err == io.EOF {
+						return // shorter than its card says: the engine will find out
+					}
+					if err != nil {
 						mu.Lock()
 						failed = errors.Join(failed, err)
 						mu.Unlock()

@@ -34,8 +34,8 @@ const maxAnswer = evidence.MaxSize + 64<<10
 // no further request.
 //
 // It speaks HTTP/1.1 over TLS 1.3, follows no proxy settings and asks for no
-// compression. Its fields must not change once it is used. It may be used from
-// several goroutines.
+// compression. Its fields must not change once it is used; Trust replaces the
+// records. It may be used from several goroutines.
 type Transport struct {
 	Policy     *Policy
 	Records    []*record.File
@@ -49,10 +49,44 @@ type Transport struct {
 	// IdleConns is how many unused connections are kept for each host; 0 is 32.
 	IdleConns int
 
-	mu    sync.Mutex
-	peers map[string]*peer
-	now   func() time.Time // tests only
+	mu      sync.Mutex
+	peers   map[string]*peer
+	trusted *[]*record.File  // instead of Records, after Trust
+	epoch   uint64           // how often Trust was called
+	now     func() time.Time // tests only
 }
+
+// Trust replaces the records, when some were published or revoked, and forgets what
+// was verified by the old ones: no connection made before carries another request,
+// and requests in flight go on.
+func (t *Transport) Trust(records []*record.File) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.trusted = &records
+	t.epoch++
+	for _, p := range t.peers {
+		p.mu.Lock()
+		if p.gen != nil {
+			p.gen.inner.CloseIdleConnections()
+			p.gen = nil
+		}
+		p.mu.Unlock()
+	}
+}
+
+// records are those that a verification is made by now, and which they are.
+func (t *Transport) records() ([]*record.File, uint64) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.trusted != nil {
+		return *t.trusted, t.epoch
+	}
+	return t.Records, t.epoch
+}
+
+// errChanged says that a verification was made by records that were replaced
+// meanwhile.
+var errChanged = errors.New("the records were replaced meanwhile; try again")
 
 // Session is one verification.
 type Session struct {
@@ -64,6 +98,8 @@ type Session struct {
 	Collateral *Collateral
 	Fetch      time.Duration // how long the evidence took to come
 	Took       time.Duration // how long it took to check
+
+	epoch uint64 // of the records that it was made by
 }
 
 // peer is what is known of one host.
@@ -178,8 +214,12 @@ func (t *Transport) connect(ctx context.Context, p *peer, g *generation, network
 				return nil
 			}
 			at := t.clock()
-			if _, err := t.verify(ctx, conn, address, key, deadline); err != nil {
+			s, err := t.verify(ctx, conn, address, key, deadline)
+			if err != nil {
 				return err
+			}
+			if _, now := t.records(); now != s.epoch {
+				return errChanged
 			}
 			p.mu.Lock()
 			defer p.mu.Unlock()
@@ -269,8 +309,10 @@ func (t *Transport) verify(ctx context.Context, conn net.Conn, host string, key 
 	ctx, cancel := context.WithDeadline(ctx, deadline)
 	defer cancel()
 	begin = time.Now()
+	var records []*record.File
+	records, s.epoch = t.records()
 	s.Verdict, s.Collateral = verifyAll(ctx, s.Document, Input{
-		Policy: t.Policy, Records: t.Records, Collateral: t.Collateral, Nonce: s.Nonce, TLSKey: key, Time: t.clock(),
+		Policy: t.Policy, Records: records, Collateral: t.Collateral, Nonce: s.Nonce, TLSKey: key, Time: t.clock(),
 	})
 	s.Took = time.Since(begin)
 	if t.Verified != nil {
@@ -349,9 +391,13 @@ func (t *Transport) Attest(ctx context.Context, endpoint string) (*Session, erro
 		s, err = t.verify(ctx, conn, host, key, deadline)
 		return err
 	})
+	_, epoch := t.records()
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	old := p.gen
+	if err == nil && epoch != s.epoch {
+		err = errChanged
+	}
 	if err != nil {
 		if refused, ok := errors.AsType[*RefusedError](err); ok && refused.Verdict.Refused() && old != nil {
 			p.gen = nil

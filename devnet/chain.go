@@ -313,7 +313,8 @@ func (c *Chain) extend(txs []ledger.Transaction, key, shard bool) error {
 	if err := c.adopt(next); err != nil {
 		return err
 	}
-	return c.save(next, len(txs) > 0 || key)
+	// Empty ones too: a client that saw one refuses a chain that went back.
+	return c.save(next)
 }
 
 func (c *Chain) header(seqno, now uint32, start, end uint64, shard tlb.ShardIdent) (h tlb.BlockHeader) {
@@ -382,7 +383,7 @@ func (c *Chain) Close() error {
 	if c.store == nil {
 		return nil
 	}
-	err := c.save(c.head, true)
+	err := c.save(c.head)
 	return errors.Join(err, c.store.close())
 }
 

@@ -97,9 +97,9 @@ func decode(data []byte) (meta stored, cells []*cell.Cell, err error) {
 	return meta, cells, err
 }
 
-// save writes the states after a block, and the block itself if it matters.
-func (c *Chain) save(b *block, matters bool) error {
-	if c.store == nil || !matters {
+// save writes the states after a block, and the block itself unless it is empty.
+func (c *Chain) save(b *block) error {
+	if c.store == nil {
 		return nil
 	}
 	size, err := c.store.log.Seek(0, io.SeekEnd)

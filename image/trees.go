@@ -54,6 +54,15 @@ var sources = []source{
 		},
 		closure: true,
 	},
+	{
+		// The C compiler of the GPU helper, which runs beside the host's Go. Its C
+		// library is older than that of any engine disk, so that what it links runs
+		// there. Maintainer scripts never run; see compiler.go.
+		tree:     "gpu-compiler",
+		suites:   []string{"trixie"},
+		packages: []string{"gcc-14", "libc6-dev"},
+		closure:  true,
+	},
 }
 
 // checkRecipe refuses a locked tree that is not what its recipe here asks for:

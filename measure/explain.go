@@ -3,11 +3,14 @@ package measure
 import (
 	"bytes"
 	"encoding/hex"
+	"encoding/json"
 	"fmt"
 	"slices"
 	"strconv"
 	"strings"
 
+	"chrysalis/manifest"
+	"chrysalis/measure/cel"
 	"chrysalis/measure/record"
 )
 
@@ -29,6 +32,8 @@ type Explanation struct {
 	// about each.
 	Causes   []Cause   `json:"causes"`
 	Findings []Finding `json:"findings"`
+	// Values are the registers that the record predicts, beside what was reported.
+	Values []Compared `json:"values"`
 	// Unknown are registers that the record does not predict.
 	Unknown []string `json:"unknown"`
 }
@@ -45,6 +50,9 @@ type Observed struct {
 	// Values are registers that a quote covers, by their record name ("rtmr1",
 	// "pcr4"); nil where there is no quote.
 	Values map[string][]byte
+	// Manifest and CEL are what the VM says that it was given, and its log of that;
+	// nil where they are not known. Want is the manifest that it should have.
+	Manifest, CEL, Want []byte
 	// Covered is what is wrong with a quote that has no values of its own but a
 	// digest of them, "" where nothing is.
 	Covered string
@@ -91,6 +99,7 @@ func Explain(f *record.File, o Observed, shape string, guesses func(record.Shape
 		}
 	}
 	best.Equal = len(best.Findings) == 0
+	best.Values = e.values(best.Shape)
 	e.causes(best, guesses)
 	return best, nil
 }
@@ -193,6 +202,7 @@ func (e *explainer) differences(x *Explanation, shape string) []difference {
 		}
 		all = append(all, diffEvents(display(register), e.a, want, got)...)
 	}
+	all = append(all, e.given()...)
 	if e.o.Covered != "" {
 		all = append(all, difference{Finding: Finding{"PCRs", "quote", "the log's values", "others", e.o.Covered}})
 	}
@@ -331,6 +341,150 @@ func sameKind(w *record.Event, g *LogEvent, i, j int) bool {
 	return false
 }
 
+// given compares what the VM was given with the record and with the manifest that
+// it should have.
+func (e *explainer) given() []difference {
+	if e.o.CEL == nil {
+		return nil
+	}
+	register := string(cel.PCR15)
+	if e.file.Image.Platform == record.TDX {
+		register = string(cel.RTMR3)
+	}
+	finding := func(event, expected, found, format string, args ...any) []difference {
+		return []difference{{Finding: Finding{display(register), event, expected, found, fmt.Sprintf(format, args...)}}}
+	}
+	kind, events, err := cel.Parse(e.o.CEL)
+	if err != nil {
+		return finding("cel", "a log", "none", "%v", err)
+	}
+	if string(kind) != register {
+		return finding("cel", register, string(kind), "the log is of another register")
+	}
+	bank256, bank384 := cel.Replay(events)
+	value := bank256[:]
+	if e.a == SHA384 {
+		value = bank384[:]
+	}
+	if quoted, ok := e.o.Values[register]; ok && !bytes.Equal(quoted, value) {
+		return finding("log", hex.EncodeToString(quoted), hex.EncodeToString(value), "the quote has another value than the VM's own log replays to")
+	}
+	m, err := manifest.Parse(e.o.Manifest)
+	if err != nil {
+		return finding("manifest", "a manifest", "none", "%v", err)
+	}
+	var gpus [][]byte
+	for _, event := range events {
+		if event.Name == cel.GPU {
+			gpus = append(gpus, event.Data)
+		}
+	}
+	want, err := cel.Boot(e.o.Manifest, m, gpus)
+	if err != nil {
+		return finding("manifest", "a manifest", "none", "%v", err)
+	}
+	for i, event := range want {
+		if i >= len(events) || events[i].Name != event.Name || !bytes.Equal(events[i].Data, event.Data) {
+			return finding("cel", fmt.Sprintf("%d events", len(want)), fmt.Sprintf("%d events", len(events)), "event %d, %s, is not what the manifest makes it", i, event.Name)
+		}
+	}
+	if len(events) != len(want) {
+		return finding("cel", fmt.Sprintf("%d events", len(want)), fmt.Sprintf("%d events", len(events)), "something was measured after the separator")
+	}
+	if e.o.Want != nil && !bytes.Equal(e.o.Want, e.o.Manifest) {
+		return finding("manifest", hex.EncodeToString(SHA384.Sum(e.o.Want)), hex.EncodeToString(SHA384.Sum(e.o.Manifest)),
+			"the manifest is another one: %s", manifestDifference(e.o.Want, e.o.Manifest))
+	}
+	known := func(root string, list int, at func(int) record.Hex) bool {
+		for i := range list {
+			if at(i).String() == root {
+				return true
+			}
+		}
+		return list == 0 // then the record says nothing of them
+	}
+	if !known(m.Engine.RootHash, len(e.file.Engines), func(i int) record.Hex { return e.file.Engines[i].RootHash }) {
+		return finding("engine", "an engine of the record", m.Engine.RootHash, "the manifest names an engine that the record does not have")
+	}
+	for _, model := range m.Models {
+		if !known(model.Disk.RootHash, len(e.file.Models), func(i int) record.Hex { return e.file.Models[i].RootHash }) {
+			return finding("model", "a model of the record", model.Disk.RootHash, "the manifest names model %s, which the record does not have", model.ID())
+		}
+	}
+	return nil
+}
+
+// manifestDifference names the fields that differ.
+func manifestDifference(want, got []byte) string {
+	var a, b map[string]json.RawMessage
+	if json.Unmarshal(want, &a) != nil || json.Unmarshal(got, &b) != nil {
+		return "it cannot be read"
+	}
+	var names []string
+	for name := range a {
+		if !bytes.Equal(a[name], b[name]) {
+			names = append(names, fmt.Sprintf("%s is %.200s, expected %.200s", name, b[name], a[name]))
+		}
+	}
+	for name := range b {
+		if a[name] == nil {
+			names = append(names, fmt.Sprintf("%s is %.200s, expected nothing", name, b[name]))
+		}
+	}
+	slices.Sort(names)
+	return strings.Join(names, "; ")
+}
+
+// Compared is a register's predicted value beside the reported one.
+type Compared struct {
+	Register  string `json:"register"`
+	Predicted string `json:"predicted"`
+	Reported  string `json:"reported"`
+	Equal     bool   `json:"equal"`
+}
+
+// values lists what the record predicts of registers that were reported.
+func (e *explainer) values(shape string) []Compared {
+	var list []Compared
+	add := func(register string, want []byte) {
+		got, ok := e.o.Values[register]
+		if i, counted := index(register); !ok && counted {
+			got = e.o.Log.Replay(e.a, i)
+			ok = true
+		}
+		if ok && len(want) > 0 {
+			list = append(list, Compared{display(register), hex.EncodeToString(want), hex.EncodeToString(got), bytes.Equal(want, got)})
+		}
+	}
+	i := e.file.Image
+	if i.Platform == record.TDX {
+		if _, ok := e.o.Values["mrtd"]; ok {
+			add("mrtd", i.MRTD)
+		}
+		for _, s := range e.file.Shapes {
+			if s.Name == shape {
+				add("rtmr0", s.RTMR0)
+			}
+		}
+		add("rtmr1", i.RTMR1)
+		add("rtmr2", i.RTMR2)
+	}
+	for _, pcr := range i.PCRs {
+		add(fmt.Sprintf("pcr%d", pcr.Index), pcr.SHA256)
+	}
+	if m, err := manifest.Parse(e.o.Want); err == nil && m.GPUs == 0 {
+		if events, err := cel.Boot(e.o.Want, m, nil); err == nil {
+			bank256, bank384 := cel.Replay(events)
+			if i.Platform == record.TDX {
+				add("rtmr3", bank384[:])
+			} else {
+				add("pcr15", bank256[:])
+			}
+		}
+	}
+	return list
+}
+
 // has reports whether an event of that name is among the findings.
 func (x *Explanation) has(names ...string) bool {
 	return slices.ContainsFunc(x.Findings, func(f Finding) bool { return slices.Contains(names, f.Event) })
@@ -422,7 +576,7 @@ func (e *explainer) causes(x *Explanation, guesses func(record.Shape, func(Guess
 		x.because(doHost, "addon: %s on the ESP was loaded beside the image", addon.found.Text())
 		explained++
 	}
-	if cmdline := named("command-line"); cmdline != nil && image == nil {
+	if cmdline := named("command-line"); cmdline != nil && cmdline.found != nil && image == nil {
 		given := ""
 		if addon == nil && named("smbios") != nil {
 			given = " in SMBIOS strings"
@@ -473,6 +627,12 @@ func (e *explainer) causes(x *Explanation, guesses func(record.Shape, func(Guess
 	if d := named("gpt"); d != nil {
 		x.because("start from the disk that was measured", "partitions: the VM was started from another disk than the record's")
 		explained++
+	}
+	for _, name := range []string{"manifest", "engine", "model", "cel"} {
+		if d := named(name); d != nil {
+			x.because("start the VM with the manifest, engine and models that the record was made for", "%s: %s", name, d.Text)
+			explained++
+		}
 	}
 	if explained == 0 {
 		d := all[0]
@@ -528,6 +688,7 @@ func (e *explainer) machineCause(x *Explanation, all []difference, guesses func(
 		}
 	}
 	fits := func(events map[string][]byte) bool {
+		compared := 0
 		for _, name := range machineEvents {
 			d := differs[name]
 			if d == nil || d.found == nil {
@@ -536,8 +697,9 @@ func (e *explainer) machineCause(x *Explanation, all []difference, guesses func(
 			if want, ok := events[name]; !ok || !bytes.Equal(want, d.found.Digests[e.a]) {
 				return false
 			}
+			compared++
 		}
-		return true
+		return compared > 0
 	}
 	var own record.Shape
 	for _, s := range e.file.Shapes {

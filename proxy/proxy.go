@@ -103,6 +103,18 @@ func (p *Proxy) Run(ctx context.Context, ready func()) {
 	}
 }
 
+// Trust replaces the records, and has every worker verified anew; until it is, it
+// gets no request.
+func (p *Proxy) Trust(records []*record.File) {
+	for _, w := range p.workers {
+		w.transport.Trust(records)
+		select {
+		case w.wake <- struct{}{}:
+		default:
+		}
+	}
+}
+
 // ServeHTTP implements http.Handler.
 func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if p.options.Loopback {

@@ -368,3 +368,28 @@ func TestNew(t *testing.T) {
 		}
 	}
 }
+
+// TestTrust revokes what a worker runs, while it serves: requests stop at once, and
+// go on when it is published again.
+func TestTrust(t *testing.T) {
+	w := start(t, 1, nil)
+	if answer, body := w.post(t, "prompt"); answer.StatusCode != 200 {
+		t.Fatalf("%d %s", answer.StatusCode, body)
+	}
+	before := w.servers[0].Received()
+	w.proxy.Trust(nil)
+	if answer, body := w.post(t, "secret"); answer.StatusCode == 200 {
+		t.Errorf("a revoked worker answers: %s", body)
+	}
+	if strings.Contains(strings.TrimPrefix(w.servers[0].Received(), before), "secret") {
+		t.Error("a revoked worker got the request")
+	}
+	w.proxy.Trust([]*record.File{w.vms[0].Record()})
+	for range 100 {
+		if answer, _ := w.post(t, "prompt"); answer.StatusCode == 200 {
+			return
+		}
+		time.Sleep(100 * time.Millisecond)
+	}
+	t.Error("it stays refused")
+}

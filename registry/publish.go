@@ -279,8 +279,9 @@ func (p *Publisher) Send(ctx context.Context, plan *Plan) error {
 						}
 					case time.Unix(int64(view.Head.Time), 0).After(plan.until.Add(10 * time.Second)):
 						return errors.Join(ErrExpiry, sent)
-					case sent != nil:
-						return fmt.Errorf("no liteserver takes the message: %w", sent)
+					case refusedByAll(sent):
+						return fmt.Errorf("%w; should one have passed it on all the same, it can be executed until %s",
+							sent, plan.until.UTC().Format(time.TimeOnly))
 					}
 				}
 			}
@@ -297,7 +298,22 @@ func (p *Publisher) Send(ctx context.Context, plan *Plan) error {
 	}
 }
 
-// state proves who owns the registry.
+// refusedByAll reports whether every liteserver said that it does not take a message.
+// One that did not answer may have passed it on.
+func refusedByAll(sent error) bool {
+	failures, ok := errors.AsType[lite.Failures](sent)
+	if !ok {
+		return false
+	}
+	for _, f := range failures {
+		if _, ok := errors.AsType[*lite.Error](f.Err); !ok {
+			return false
+		}
+	}
+	return true
+}
+
+// owner proves who owns the registry.
 func (p *Publisher) owner(ctx context.Context, view *lite.View) (owner, pending lite.Address, err error) {
 	account, err := view.Method(ctx, p.Registry, codeHash, "owner")
 	if errors.Is(err, lite.ErrNoAccount) {
@@ -416,7 +432,7 @@ func Publish(r Publication) Operation {
 		NotBefore: uint64(max(r.NotBefore.Unix(), 0)), NotAfter: uint64(max(r.NotAfter.Unix(), 0)),
 	}
 	return Operation{
-		Name: "publish", value: putValue,
+		Name: fmt.Sprintf("publish %v %v", r.Kind, r.Key), value: putValue,
 		body: func(_ *Publisher, id uint64) (*cell.Cell, error) { return put.Body(id) },
 		done: func(ctx context.Context, p *Publisher, view *lite.View) (string, error) {
 			if _, err := put.Body(0); err != nil {
@@ -466,7 +482,7 @@ func Mark(key Key, status contract.Status) Operation {
 		name = "revoke"
 	}
 	return Operation{
-		Name: name, value: callValue,
+		Name: fmt.Sprintf("%s %v", name, key), value: callValue,
 		body: func(_ *Publisher, id uint64) (*cell.Cell, error) { return contract.SetStatus(id, key, status), nil },
 		done: func(ctx context.Context, p *Publisher, view *lite.View) (string, error) {
 			if err := p.mine(ctx, view); err != nil {
@@ -492,7 +508,7 @@ func Mark(key Key, status contract.Status) Operation {
 func Cosign(key Key, record [32]byte, auditor ed25519.PrivateKey) Operation {
 	public := [32]byte(auditor.Public().(ed25519.PublicKey))
 	return Operation{
-		Name: "cosign", value: callValue,
+		Name: fmt.Sprintf("cosign %v", key), value: callValue,
 		body: func(p *Publisher, id uint64) (*cell.Cell, error) {
 			hash := contract.SignedHash(p.Reader.Client.Network().GlobalID, p.Registry.Std(), key, record)
 			return contract.Cosign(id, key, record, public, [64]byte(ed25519.Sign(auditor, hash[:]))), nil

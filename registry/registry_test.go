@@ -10,8 +10,12 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/xssnick/tonutils-go/tlb"
+	"github.com/xssnick/tonutils-go/tvm/cell"
 
 	"chrysalis/devnet"
 	"chrysalis/registry/contract"
@@ -27,16 +31,20 @@ type testNet struct {
 	servers []*devnet.Server
 	network lite.Network
 	reader  Reader
+	ahead   atomic.Int64 // how far the chain's and the client's clocks are ahead, nanoseconds
 }
+
+func (n *testNet) now() time.Time { return time.Now().Add(time.Duration(n.ahead.Load())) }
 
 func newNet(t *testing.T, servers int) *testNet {
 	t.Helper()
-	c, err := devnet.Open(devnet.Options{})
+	n := &testNet{T: t}
+	c, err := devnet.Open(devnet.Options{Now: n.now})
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { c.Close() })
-	n := &testNet{T: t, chain: c, network: lite.Network{GlobalID: c.GlobalID()}}
+	n.chain, n.network = c, lite.Network{GlobalID: c.GlobalID()}
 	for range servers {
 		s, err := c.Serve("127.0.0.1:0")
 		if err != nil {
@@ -53,7 +61,7 @@ func newNet(t *testing.T, servers int) *testNet {
 }
 
 func (n *testNet) newReader() Reader {
-	client, err := lite.New(n.network, lite.Options{Timeout: 2 * time.Second})
+	client, err := lite.New(n.network, lite.Options{Timeout: 2 * time.Second, Now: n.now})
 	if err != nil {
 		n.Fatal(err)
 	}
@@ -305,6 +313,31 @@ func TestUnknown(t *testing.T) {
 	n.do(p, Publish(one))
 }
 
+// TestExpired loses a message, and says so once it is proved that it cannot be executed
+// any more.
+func TestExpired(t *testing.T) {
+	n := newNet(t, 1)
+	p := n.publisher(1, "v5r1")
+	n.fund(p)
+	n.do(p, Init())
+	if err := n.servers[0].Lie(devnet.Dropped); err != nil {
+		t.Fatal(err)
+	}
+	p.Wait = 20 * time.Second
+	plan, err := p.Plan(t.Context(), Publish(publication("one", "")))
+	if err != nil {
+		t.Fatal(err)
+	}
+	n.ahead.Store(int64(messageLife + time.Minute))
+	if err := p.Send(t.Context(), plan); !errors.Is(err, ErrExpiry) {
+		t.Fatalf("%v", err)
+	}
+	// It is so: the wallet does not take it any more.
+	if err := n.chain.Send(plan.message); err == nil {
+		t.Error("an expired message was executed")
+	}
+}
+
 // TestTwice executes one plan's message twice: the second has no effect.
 func TestTwice(t *testing.T) {
 	n := newNet(t, 1)
@@ -328,6 +361,40 @@ func TestTwice(t *testing.T) {
 	}
 	if err := p.Send(t.Context(), plan); err != nil {
 		t.Errorf("what is done is done: %v", err)
+	}
+}
+
+// TestRefusedMessage sends what every liteserver refuses: a message of the wallet's past.
+func TestRefusedMessage(t *testing.T) {
+	n := newNet(t, 2)
+	p := n.publisher(1, "v4r2")
+	n.fund(p)
+	n.do(p, Init())
+	old, err := p.Plan(t.Context(), Publish(publication("one", "")))
+	if err != nil {
+		t.Fatal(err)
+	}
+	n.do(p, Publish(publication("two", "")))
+	// The wallet has gone on meanwhile, so this one is never executed.
+	p.Wait = time.Second
+	if err := p.Send(t.Context(), old); !errors.Is(err, ErrUnknown) {
+		t.Errorf("%v", err)
+	}
+	// A wallet whose message is of another key.
+	other := n.publisher(2, "v4r2")
+	other.Registry = p.Registry
+	n.fund(other)
+	plan, err := other.Plan(t.Context(), Cosign(publication("two", "").Key, sha256.Sum256(publication("two", "").Record), ed25519.NewKeyFromSeed(make([]byte, 32))))
+	if err != nil {
+		t.Fatal(err)
+	}
+	forged, err := p.Wallet.message(t.Context(), plan.seqno+7, false, &tlb.InternalMessage{IHRDisabled: true, DstAddr: p.Registry.Std(), Body: cell.BeginCell().EndCell()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	plan.message = forged
+	if err := other.Send(t.Context(), plan); err == nil || errors.Is(err, ErrUnknown) || !strings.Contains(err.Error(), "can be executed until") {
+		t.Errorf("%v", err)
 	}
 }
 

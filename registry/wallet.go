@@ -56,7 +56,7 @@ func LoadKey(path string) (ed25519.PrivateKey, error) {
 		}
 		return ed25519.NewKeyFromSeed(seed), nil
 	}
-	key, err := wallet.SeedToPrivateKey(words, "", false)
+	key, err := wallet.SeedToPrivateKeyWithOptions(words)
 	if err != nil {
 		return nil, fmt.Errorf("the words in %s are not a TON wallet's: %w", path, err)
 	}

@@ -461,5 +461,8 @@ func (x *exchange) fail(err error) {
 	if e.retry != "" {
 		x.w.Header().Set("Retry-After", e.retry)
 	}
-	x.answer(e.status, e.body()) // a client that has gone in the meantime misses nothing
+	// Padded: what an engine says about a request is about its prompt. A client that
+	// has gone in the meantime misses nothing.
+	body := e.body()
+	x.answer(e.status, append(body, spaces(int64(len(body)))...))
 }

@@ -288,6 +288,9 @@ func TestNoReceipt(t *testing.T) {
 		t.Errorf("%q, %v, %v", body, resp.Trailer, err)
 	}
 	resp, _ = b.post(t, "/v1/chat/completions", hello)
+	if resp.ContentLength%answerBlock != 0 {
+		t.Errorf("an error of %d bytes", resp.ContentLength)
+	}
 	if resp.StatusCode != 400 || len(resp.Trailer) > 0 || resp.Header.Get(receipt.SaltHeader) != "" {
 		t.Errorf("%s %v %v", resp.Status, resp.Header, resp.Trailer)
 	}

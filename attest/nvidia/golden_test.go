@@ -259,3 +259,17 @@ func wantRefusal(t *testing.T, err error, check Check) {
 	}
 	t.Log(err)
 }
+
+// The names of the golden RIMs are those that the golden report asks for.
+func TestGoldenRIMIDs(t *testing.T) {
+	g := goldenGPU(t)
+	driver, vbios, err := RIMIDs(&g)
+	if err != nil || driver+".xml" != goldenDriver || vbios+".xml" != goldenVBIOS {
+		t.Errorf("%s, %s, %v", driver, vbios, err)
+	}
+	v := NewVerifier(NVIDIARoots())
+	links, err := v.Links(&Evidence{Version: Version, GPUs: []GPU{g}}, [][]byte{golden(t, goldenDriver), golden(t, goldenVBIOS)})
+	if err != nil || len(links) != 7 {
+		t.Errorf("%d links, %v", len(links), err)
+	}
+}

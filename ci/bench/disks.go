@@ -243,20 +243,17 @@ func (b bench) pack(rounds int) error {
 	defer os.RemoveAll(src)
 	out := b.path("model.disk")
 	var ours, theirs []float64
-	var cpu, cpuTheirs float64
 	for i := range rounds {
 		before, err := counters()
 		if err != nil {
 			return err
 		}
-		used := processorTime(syscall.RUSAGE_SELF)
 		begin := time.Now()
 		info, err := models.Pack(context.Background(), src, models.PackOptions{Name: "bench/model", Revision: "1", Out: out, Replace: true})
 		if err != nil {
 			return err
 		}
 		ours = append(ours, time.Since(begin).Seconds())
-		cpu += (processorTime(syscall.RUSAGE_SELF) - used).Seconds()
 		after, err := counters()
 		if err != nil {
 			return err
@@ -268,7 +265,6 @@ func (b bench) pack(rounds int) error {
 		if err := os.Remove(out); err != nil {
 			return err
 		}
-		used = processorTime(syscall.RUSAGE_CHILDREN)
 		took, err := b.tool("mkfs.erofs", "-T0", "--all-root", b.path("image"), src)
 		if err != nil {
 			return err
@@ -277,7 +273,6 @@ func (b bench) pack(rounds int) error {
 		if err != nil {
 			return err
 		}
-		cpuTheirs += (processorTime(syscall.RUSAGE_CHILDREN) - used).Seconds()
 		theirs = append(theirs, took+more)
 		if err := errors.Join(os.Remove(b.path("image")), os.Remove(b.path("hash"))); err != nil {
 			return err
@@ -285,7 +280,6 @@ func (b bench) pack(rounds int) error {
 	}
 	figure("`model pack` of 2 GiB in four shards, with each file's SHA-256", "GB/s", size/1e9/median(ours))
 	row("the same, in times of `mkfs.erofs` and then `veritysetup format`", "", median(theirs)/median(ours), 1.8, false)
-	figure("processor time of `model pack`, in times of theirs, which hash once", "", cpu/cpuTheirs)
 	return nil
 }
 

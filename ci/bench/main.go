@@ -5,7 +5,6 @@ package main
 import (
 	"bufio"
 	"bytes"
-	"context"
 	"crypto/tls"
 	"encoding/json"
 	"errors"
@@ -45,7 +44,9 @@ var parts = []part{
 	{"prefetch", func() error { return withHost(host.prefetch) }},
 	{"disks", disks},
 	{"attest", attestation},
-	{"ton", func() error { return ton(context.Background()) }},
+	{"gpu", gpus},
+	{"ton", ton},
+	{"measure", prediction},
 	{"demo", cleanDemo},
 	{"builds", builds},
 }

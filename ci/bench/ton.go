@@ -18,8 +18,8 @@ import (
 )
 
 // ton measures the registry on a devnet, whose prices are the mainnet's of June 2026.
-func ton(ctx context.Context) error {
-	b := &tonBench{ctx: ctx}
+func ton() error {
+	b := &tonBench{ctx: context.Background()}
 	defer b.close()
 	if err := b.fees(); err != nil {
 		return err

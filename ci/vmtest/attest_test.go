@@ -18,7 +18,7 @@ import (
 	"chrysalis/models"
 )
 
-// recordOf makes a measurement record from files alone.
+// recordOf makes a measurement record from files alone, as a user does.
 func recordOf(t *testing.T, h *host, image, engine, model string) string {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "record.json")

@@ -135,8 +135,8 @@ func (h *host) up(args ...string) string {
 	return strings.TrimSpace(r.stdout)
 }
 
-// upFails starts a VM that must end with a reason.
-func (h *host) upFails(reason string, args ...string) {
+// upFails starts a VM that must end with a reason, and returns the steps.
+func (h *host) upFails(reason string, args ...string) string {
 	h.t.Helper()
 	r := h.run(5*time.Minute, append([]string{"up", "--json", "--listen", "127.0.0.1:0", "--timeout", "4m", "--image", uki}, args...)...)
 	if r.code == 0 {
@@ -149,6 +149,7 @@ func (h *host) upFails(reason string, args ...string) {
 		h.t.Fatalf("up did not tell a person the reason and what it means: %s", r)
 	}
 	h.noProcesses()
+	return r.stdout
 }
 
 // noProcesses checks that no process of this host's VMs is left. Their command

@@ -35,7 +35,7 @@ type ChatCmd struct {
 
 // Run streams the answer to standard output.
 func (c *ChatCmd) Run(ctx context.Context) error {
-	t, err := c.load()
+	t, err := c.load(ctx)
 	if err != nil {
 		return &exitError{exitNotChecked, err}
 	}

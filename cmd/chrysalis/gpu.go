@@ -4,12 +4,15 @@ import (
 	"cmp"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"strings"
 	"text/tabwriter"
 
+	"chrysalis/attest/nvidia"
 	"chrysalis/launcher"
 	"chrysalis/launcher/gpu"
 	"chrysalis/terminal"
@@ -19,6 +22,8 @@ type gpuCommands struct {
 	List    GPUListCmd    `cmd:"" help:"Show the NVIDIA GPUs of this machine."`
 	Prepare GPUPrepareCmd `cmd:"" help:"Take a GPU from its driver and make it ready for a VM."`
 	Release GPUReleaseCmd `cmd:"" help:"Make a GPU what it was before 'gpu prepare'."`
+
+	Collateral GPUCollateralCmd `cmd:"" help:"Fetch what NVIDIA signs about a GPU's driver, VBIOS and certificates."`
 }
 
 // hostGPUs is the machine that the program runs on.
@@ -128,4 +133,57 @@ func carryOut(ctx context.Context, plan *gpu.Plan, dry bool, done string) error 
 		fmt.Println(terminal.Line(done))
 	}
 	return err
+}
+
+// GPUCollateralCmd fetches collateral.
+type GPUCollateralCmd struct {
+	Evidence string `arg:"" type:"existingfile" help:"Evidence of GPUs, the field gpu of a VM's evidence: it says what to ask for."`
+	Out      string `short:"o" required:"" placeholder:"FILE" help:"Where it goes; RIMs in a file that is there are kept."`
+}
+
+// Run fetches, verifies and writes.
+func (c *GPUCollateralCmd) Run(ctx context.Context) error {
+	data, err := readBounded(c.Evidence, nvidia.MaxEvidenceSize)
+	if err != nil {
+		return err
+	}
+	e, err := nvidia.ParseEvidence(data)
+	if err != nil {
+		return fmt.Errorf("%s: %w", c.Evidence, err)
+	}
+	var have *nvidia.Collateral
+	if data, err := readBounded(c.Out, nvidia.MaxCollateralSize); err == nil {
+		if have, err = nvidia.ParseCollateral(data); err != nil {
+			return fmt.Errorf("%s: %w; give another file", c.Out, err)
+		}
+	} else if !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	fetched, err := gpu.NVIDIA().Collateral(ctx, e, have, func(what string) { fmt.Fprintln(os.Stderr, terminal.Line(what)) })
+	if err != nil {
+		return err
+	}
+	encoded, err := fetched.Encode()
+	if err != nil {
+		return err
+	}
+	// Whole or not at all: somebody may be reading it.
+	if err := os.WriteFile(c.Out+".new", encoded, 0o644); err != nil {
+		return err
+	}
+	return os.Rename(c.Out+".new", c.Out)
+}
+
+// readBounded reads a file of at most limit bytes.
+func readBounded(path string, limit int64) ([]byte, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	data, err := io.ReadAll(io.LimitReader(f, limit+1))
+	if err == nil && int64(len(data)) > limit {
+		err = fmt.Errorf("%s has more than %d bytes", path, limit)
+	}
+	return data, err
 }

@@ -15,6 +15,7 @@ import (
 
 type imageCommands struct {
 	Build  ImageBuildCmd  `cmd:"" help:"Build the UKI, the disks and their manifest, from the lock."`
+	Helper ImageHelperCmd `cmd:"" help:"Build the GPU helper, which an engine disk with NVIDIA's driver carries."`
 	Tools  ImageToolsCmd  `cmd:"" help:"Make the tools root, which holds QEMU, firmware and mkosi."`
 	Lock   ImageLockCmd   `cmd:"" help:"Resolve every package anew and rewrite the lock."`
 	Bundle ImageBundleCmd `cmd:"" help:"Write everything that the lock names into one file, for --mirror."`

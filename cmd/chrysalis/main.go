@@ -32,6 +32,7 @@ type cli struct {
 
 	Measure measureCommands `cmd:"" help:"Predict what a VM measures, and say why one differs."`
 
+	Publish  PublishCmd       `cmd:"" help:"Predict what VMs measure and publish that to the wallet's registry."`
 	Registry registryCommands `cmd:"" help:"Publish on TON what may be measured, and read it without trusting anyone."`
 	Listing  listingCommands  `cmd:"" help:"Offer workers, and find them."`
 	Devnet   DevnetCmd        `cmd:"" help:"Run a local TON chain."`

@@ -28,20 +28,21 @@ type measureCommands struct {
 
 // MeasureCmd predicts the measurements of VMs.
 type MeasureCmd struct {
-	Image        string   `default:"out/chrysalis.efi" placeholder:"FILE" help:"The image (default: ${default})."`
-	Engine       string   `placeholder:"FILE" help:"The engine disk."`
-	Model        []string `placeholder:"FILE" sep:"none" help:"A model disk; repeat it for more."`
-	Manifest     string   `placeholder:"FILE" help:"Use this manifest as it is rather than one made from the disks."`
-	Shape        []string `placeholder:"NAME" sep:"none" help:"A shape; repeat it for more (default: all of them)."`
-	Platform     string   `enum:"tdx,tpm" default:"tdx" help:"What the evidence comes from: tdx or tpm (default: ${default})."`
-	Boot         string   `enum:"kernel,disk" default:"kernel" help:"How the firmware gets the image: kernel, as 'up' does, or disk, as exported (default: ${default})."`
-	Disk         string   `placeholder:"FILE" help:"The exported disk; its partitions are part of RTMR1."`
-	ExitFailures int      `default:"-1" placeholder:"N" help:"How often ExitBootServices fails before it succeeds: for --boot disk on TDX, 0 or 1."`
-	Out          string   `short:"o" placeholder:"FILE" help:"Write the record there."`
-	Commit       string   `placeholder:"HEX" help:"The commit that the image was built from (default: as the provenance beside it says)."`
-	Events       bool     `help:"Show the events that each register is made of."`
-	JSON         bool     `name:"json" help:"Print the record, or for --kernel the registers, as JSON."`
-	Tools        string   `hidden:"" env:"CHRYSALIS_TOOLS" placeholder:"DIR" help:"The tools root."`
+	Image         string   `default:"out/chrysalis.efi" placeholder:"FILE" help:"The image (default: ${default})."`
+	Engine        string   `placeholder:"FILE" help:"The engine disk."`
+	Model         []string `placeholder:"FILE" sep:"none" help:"A model disk; repeat it for more."`
+	Manifest      string   `placeholder:"FILE" help:"Use this manifest as it is rather than one made from the disks."`
+	Shape         []string `placeholder:"NAME" sep:"none" help:"A shape; repeat it for more (default: all of them)."`
+	Platform      string   `enum:"tdx,tpm" default:"tdx" help:"What the evidence comes from: tdx or tpm (default: ${default})."`
+	Boot          string   `enum:"kernel,disk" default:"kernel" help:"How the firmware gets the image: kernel, as 'up' does, or disk, as exported (default: ${default})."`
+	Disk          string   `placeholder:"FILE" help:"The exported disk; its partitions are part of RTMR1."`
+	ExitFailures  int      `default:"-1" placeholder:"N" help:"How often ExitBootServices fails before it succeeds: for --boot disk on TDX, 0 or 1."`
+	Out           string   `short:"o" placeholder:"FILE" help:"Write the record there."`
+	WriteManifest string   `placeholder:"FILE" help:"Write the manifest there that 'up' gives a VM with these disks."`
+	Commit        string   `placeholder:"HEX" help:"The commit that the image was built from (default: as the provenance beside it says)."`
+	Events        bool     `help:"Show the events that each register is made of."`
+	JSON          bool     `name:"json" help:"Print the record, or for --kernel the registers, as JSON."`
+	Tools         string   `hidden:"" env:"CHRYSALIS_TOOLS" placeholder:"DIR" help:"The tools root."`
 
 	Foreign foreignFlags `embed:"" group:"A VM that is not ours:"`
 }
@@ -78,6 +79,14 @@ func (c *MeasureCmd) Run(ctx context.Context) error {
 	if c.Out != "" {
 		if err := os.WriteFile(c.Out, encoded, 0o644); err != nil {
 			return fmt.Errorf("write the record: %w", err)
+		}
+	}
+	if c.WriteManifest != "" {
+		if result.Manifest == nil {
+			return &exitError{exitBadInput, errors.New("a manifest needs an engine and a model; give --engine and --model")}
+		}
+		if err := os.WriteFile(c.WriteManifest, result.Manifest, 0o644); err != nil {
+			return fmt.Errorf("write the manifest: %w", err)
 		}
 	}
 	if c.JSON || c.Out == "" && !isTerminal(os.Stdout) {

@@ -9,6 +9,7 @@ import (
 	"os"
 
 	"chrysalis/attest/evidence"
+	"chrysalis/manifest"
 	"chrysalis/measure"
 	"chrysalis/measure/plan"
 	"chrysalis/measure/record"
@@ -17,13 +18,14 @@ import (
 
 // MeasureExplainCmd compares a VM's log with a record.
 type MeasureExplainCmd struct {
-	Record string `required:"" placeholder:"FILE" help:"The record, as 'chrysalis measure -o' writes it."`
-	Log    string `required:"" placeholder:"FILE" help:"The VM's TCG log or CCEL, or the evidence document that it serves."`
-	Quote  string `placeholder:"FILE" help:"A TDX or TPM quote, to compare the log with; evidence has its own."`
-	Shape  string `placeholder:"NAME" help:"The record's shape to compare with (default: the one that fits best)."`
-	Guess  bool   `default:"true" negatable:"" help:"Where the machine differs, find out what it is by trying others (default: ${default})."`
-	JSON   bool   `name:"json" help:"Print one JSON document."`
-	Tools  string `hidden:"" env:"CHRYSALIS_TOOLS" placeholder:"DIR" help:"The tools root."`
+	Record   string `required:"" placeholder:"FILE" help:"The record, as 'chrysalis measure -o' writes it."`
+	Log      string `required:"" placeholder:"FILE" help:"The VM's TCG log or CCEL, or the evidence document that it serves."`
+	Quote    string `placeholder:"FILE" help:"A TDX or TPM quote, to compare the log with; evidence has its own."`
+	Manifest string `placeholder:"FILE" help:"The manifest that the VM should have; for evidence."`
+	Shape    string `placeholder:"NAME" help:"The record's shape to compare with (default: the one that fits best)."`
+	Guess    bool   `default:"true" negatable:"" help:"Where the machine differs, find out what it is by trying others (default: ${default})."`
+	JSON     bool   `name:"json" help:"Print one JSON document."`
+	Tools    string `hidden:"" env:"CHRYSALIS_TOOLS" placeholder:"DIR" help:"The tools root."`
 }
 
 // Help is what 'chrysalis measure explain --help' says below the usage.
@@ -95,6 +97,7 @@ func (c *MeasureExplainCmd) observed(f *record.File) (o measure.Observed, err er
 		default:
 			return o, fmt.Errorf("%s is not evidence of platform %s, of which the record is", c.Log, f.Image.Platform)
 		}
+		o.Manifest, o.CEL = doc.Manifest, doc.CEL
 		name = c.Log + ", its quote"
 	}
 	if o.Log, err = measure.ParseLog(c.Log, data); err != nil {
@@ -105,6 +108,11 @@ func (c *MeasureExplainCmd) observed(f *record.File) (o measure.Observed, err er
 			return o, err
 		}
 		name = c.Quote
+	}
+	if c.Manifest != "" {
+		if o.Want, err = readMeasured(c.Manifest, manifest.MaxSize); err != nil {
+			return o, err
+		}
 	}
 	if quote == nil {
 		return o, nil
@@ -135,6 +143,15 @@ func printExplanation(out io.Writer, x *measure.Explanation) error {
 		line("equal: every event that the record predicts was measured, and nothing else%s", where)
 	} else {
 		line("different%s", where)
+	}
+	for _, v := range x.Values {
+		mark := "✔"
+		if !v.Equal {
+			mark = "✘"
+		}
+		line("%s %s", mark, v.Register)
+		line("  predicted %s", v.Predicted)
+		line("  reported  %s", v.Reported)
 	}
 	for _, c := range x.Causes {
 		line("✘ %s", c.What)

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"strings"
@@ -50,7 +51,7 @@ func (c *ModelPackCmd) Run(ctx context.Context) error {
 	show.done()
 	if err != nil {
 		if ctx.Err() != nil && c.Source != "-" {
-			return fmt.Errorf("%w; run it again to go on from here", err)
+			return errors.New("interrupted; run it again to go on from here")
 		}
 		return err
 	}

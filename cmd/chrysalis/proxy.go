@@ -40,7 +40,7 @@ func (c *ProxyCmd) Run(ctx context.Context) error {
 }
 
 func (c *ProxyCmd) run(ctx context.Context) error {
-	t, err := c.load()
+	t, err := c.load(ctx)
 	if err != nil {
 		return err
 	}
@@ -80,6 +80,9 @@ func (c *ProxyCmd) run(ctx context.Context) error {
 	go func() { failed <- server.Serve(listener) }()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
+	if t.published != nil {
+		go t.published.follow(ctx, p.Trust)
+	}
 	go p.Run(ctx, func() { fmt.Printf("http://%s/v1\n", listener.Addr()) })
 	select {
 	case err := <-failed:

@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/ed25519"
 	"crypto/sha256"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -33,6 +34,7 @@ type registryCommands struct {
 	Show          RegistryShowCmd      `cmd:"" help:"Show a record, with proofs."`
 	Watch         RegistryWatchCmd     `cmd:"" help:"Show a registry's changes as they come."`
 	Bundle        RegistryBundleCmd    `cmd:"" help:"Carry records with their proofs in a file, for readers without a connection."`
+	Address       RegistryAddressCmd   `cmd:"" help:"Show the addresses of a wallet and its registry."`
 	NewKey        RegistryNewKeyCmd    `cmd:"" help:"Make a key for a wallet or an auditor."`
 }
 
@@ -75,13 +77,13 @@ func printPlan(out io.Writer, plan *registry.Plan, dry, asJSON bool) error {
 		return err
 	}
 	if !dry {
-		_, err := fmt.Fprintf(out, "%s: done, for %s; registry %s\n", plan.Operation, registry.TON(plan.Cost), plan.To)
+		_, err := fmt.Fprintf(out, "%s: done at %s, for %s\n", plan.Operation, plan.To, registry.TON(plan.Cost))
 		return err
 	}
 	w := tabwriter.NewWriter(out, 0, 8, 2, ' ', 0)
 	fmt.Fprintf(w, "operation\t%s\n", plan.Operation)
 	fmt.Fprintf(w, "wallet\t%s, has %s\n", plan.From.Std().Bounce(false), registry.TON(plan.Balance))
-	fmt.Fprintf(w, "registry\t%s\n", plan.To)
+	fmt.Fprintf(w, "contract\t%s\n", plan.To)
 	fmt.Fprintf(w, "attached\t%s\n", registry.TON(plan.Value))
 	fmt.Fprintf(w, "costs\t%s, rent and fees; the rest comes back\n", registry.TON(plan.Cost))
 	fmt.Fprintf(w, "body\t%x\n", plan.Body)
@@ -536,5 +538,47 @@ func (c *RegistryNewKeyCmd) Run() error {
 		return err
 	}
 	fmt.Printf("%x\n", key.Public().(ed25519.PublicKey))
+	return nil
+}
+
+// RegistryAddressCmd shows addresses.
+type RegistryAddressCmd struct {
+	tonFlags
+	KeyFile string `required:"" env:"CHRYSALIS_TON_KEY" placeholder:"FILE" help:"The wallet's 24 words, or its seed of 64 hexadecimal digits; nobody else may read the file."`
+	Wallet  string `enum:"v4r2,v5r1" default:"v5r1" help:"The wallet's version, v4r2 or v5r1 (default: ${default})."`
+	JSON    bool   `name:"json" help:"Print one JSON document."`
+}
+
+// Run computes them; it asks nobody.
+func (c *RegistryAddressCmd) Run() error {
+	key, err := registry.LoadKey(c.KeyFile)
+	if err != nil {
+		return err
+	}
+	network, err := c.named()
+	if err != nil {
+		return err
+	}
+	wallet, err := registry.NewWallet(key, c.Wallet, network.GlobalID)
+	if err != nil {
+		return err
+	}
+	out := []struct{ name, value string }{
+		{"wallet", wallet.Address.Std().Bounce(false).String()},
+		{"registry", registry.AddressOfWallet(wallet).String()},
+		{"public_key", hex.EncodeToString(key.Public().(ed25519.PublicKey))},
+	}
+	if c.JSON {
+		document := map[string]string{}
+		for _, o := range out {
+			document[o.name] = o.value
+		}
+		return json.NewEncoder(os.Stdout).Encode(document)
+	}
+	for _, o := range out {
+		if _, err := fmt.Printf("%s\t%s\n", o.name, o.value); err != nil {
+			return err
+		}
+	}
 	return nil
 }

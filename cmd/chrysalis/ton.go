@@ -39,27 +39,33 @@ func devnetDir() (string, error) {
 
 const globalConfigName = "global.config.json"
 
+// named is the network without its liteservers.
+func (f *tonFlags) named() (lite.Network, error) {
+	if known, ok := lite.Known(f.Network); ok {
+		return known, nil
+	}
+	if f.Network == "devnet" {
+		return lite.Network{Name: "devnet", GlobalID: devnet.DefaultGlobalID}, nil
+	}
+	id, err := strconv.ParseInt(f.Network, 10, 32)
+	if err != nil {
+		return lite.Network{}, fmt.Errorf("--network: %q is neither mainnet, testnet, devnet nor a global id", f.Network)
+	}
+	return lite.Network{Name: f.Network, GlobalID: int32(id)}, nil
+}
+
 // network finds the network and its liteservers.
 func (f *tonFlags) network() (n lite.Network, err error) {
+	if n, err = f.named(); err != nil {
+		return n, err
+	}
 	path := f.GlobalConfig
-	switch known, ok := lite.Known(f.Network); {
-	case ok:
-		n = known
-	case f.Network == "devnet":
-		n = lite.Network{Name: "devnet", GlobalID: devnet.DefaultGlobalID}
-		if path == "" {
-			dir, err := devnetDir()
-			if err != nil {
-				return n, err
-			}
-			path = filepath.Join(dir, globalConfigName)
-		}
-	default:
-		id, err := strconv.ParseInt(f.Network, 10, 32)
+	if path == "" && n.Name == "devnet" {
+		dir, err := devnetDir()
 		if err != nil {
-			return n, fmt.Errorf("--network: %q is neither mainnet, testnet, devnet nor a global id", f.Network)
+			return n, err
 		}
-		n = lite.Network{Name: f.Network, GlobalID: int32(id)}
+		path = filepath.Join(dir, globalConfigName)
 	}
 	if f.KeyBlock != "" {
 		if n.KeyBlock, err = lite.ParseBlockID(f.KeyBlock); err != nil {

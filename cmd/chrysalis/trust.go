@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"io"
 	"os"
@@ -9,13 +10,19 @@ import (
 	"chrysalis/attest"
 	"chrysalis/launcher"
 	"chrysalis/measure/record"
+	"chrysalis/registry"
 )
 
 // trustFlags say what a client accepts.
 type trustFlags struct {
 	Record               []string `placeholder:"FILE" sep:"none" help:"A measurement record of what may answer, as 'chrysalis measure' makes it; repeat it for more."`
 	Policy               string   `placeholder:"FILE" help:"A policy (default: the strictest)."`
+	Registry             []string `placeholder:"ADDRESS" sep:"," help:"A publisher's registry on TON, whose records may answer too; repeat it for more."`
 	AllowNotConfidential bool     `help:"Accept a VM whose owner can read it: the evidence of a software TPM, this machine's included. For development."`
+
+	Auditor    []registry.Key `placeholder:"KEY" sep:"none" help:"An auditor whose signature over a registry's records counts; repeat it for more."`
+	Signatures int            `help:"How many of these auditors must have signed a registry's record."`
+	TON        tonFlags       `embed:"" prefix:"ton-"`
 }
 
 // trust is what trustFlags stand for.
@@ -23,9 +30,10 @@ type trust struct {
 	policy     *attest.Policy
 	records    []*record.File
 	collateral attest.Source
+	published  *published // what registries say, or nil
 }
 
-func (f *trustFlags) load() (*trust, error) {
+func (f *trustFlags) load(ctx context.Context) (*trust, error) {
 	t := &trust{policy: attest.NewPolicy()}
 	if f.Policy != "" {
 		data, err := readFile(f.Policy, attest.MaxPolicy)
@@ -61,6 +69,16 @@ func (f *trustFlags) load() (*trust, error) {
 			return nil, fmt.Errorf("%s: %w", path, err)
 		}
 		t.records = append(t.records, file)
+	}
+	if len(f.Registry) > 0 {
+		var err error
+		if t.published, err = newPublished(f); err != nil {
+			return nil, err
+		}
+		t.published.local = t.records
+		if t.records, err = t.published.read(ctx); err != nil {
+			return nil, err
+		}
 	}
 	cache, err := os.UserCacheDir()
 	if err != nil {

@@ -69,7 +69,7 @@ func (c *VerifyCmd) check(ctx context.Context) (*attest.Session, error) {
 		if c.Save != "" {
 			return nil, errors.New("--save needs an endpoint")
 		}
-		t, err := c.load()
+		t, err := c.load(ctx)
 		if err != nil {
 			return nil, err
 		}
@@ -78,7 +78,7 @@ func (c *VerifyCmd) check(ctx context.Context) (*attest.Session, error) {
 		}
 		return attest.Offline(ctx, c.Offline, t.policy, t.records)
 	}
-	t, err := c.load()
+	t, err := c.load(ctx)
 	if err != nil {
 		return nil, err
 	}

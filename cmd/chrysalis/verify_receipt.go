@@ -39,7 +39,7 @@ type VerifyReceiptCmd struct {
 // Run prints what the receipt says. Its exit status is 0 when it holds, 1 when it
 // does not, 2 when it could not be checked.
 func (c *VerifyReceiptCmd) Run(ctx context.Context) error {
-	t, err := c.load()
+	t, err := c.load(ctx)
 	if err != nil {
 		return &exitError{exitNotChecked, err}
 	}

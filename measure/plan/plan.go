@@ -12,6 +12,7 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"strings"
@@ -249,7 +250,13 @@ func (o Options) commit(r *Result, m *measure.Image) (string, error) {
 	s, err := provenance.ReadStatement(path)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		return "", fmt.Errorf("which commit the image was built from is not known: there is no %s; give --commit", path)
+		// An image that was just built from the checkout around it.
+		out, err := exec.Command("git", "rev-parse", "HEAD").Output()
+		if err != nil {
+			return "", fmt.Errorf("which commit the image was built from is not known: there is no %s; give --commit", path)
+		}
+		r.Notes = append(r.Notes, fmt.Sprintf("there is no %s: the record has the commit of the checkout that this runs in", path))
+		return strings.TrimSpace(string(out)), nil
 	case err != nil:
 		return "", err
 	}

@@ -1,0 +1,178 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/hex"
+	"errors"
+	"io"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+
+	"github.com/alecthomas/kong"
+
+	"chrysalis/devnet"
+	"chrysalis/measure/record"
+	"chrysalis/registry"
+	"chrysalis/registry/lite"
+)
+
+// runCommand runs a command as the program does, and returns what it prints.
+func runCommand(t *testing.T, args ...string) (string, error) {
+	t.Helper()
+	var c cli
+	parser, err := kong.New(&c, kong.Name("chrysalis"), kong.Exit(func(int) { t.Error("it exits") }))
+	if err != nil {
+		t.Fatal(err)
+	}
+	k, err := parser.Parse(args)
+	if err != nil {
+		t.Fatalf("%v: %v", args, err)
+	}
+	k.BindTo(t.Context(), (*context.Context)(nil))
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	out := make(chan string)
+	go func() {
+		var b bytes.Buffer
+		io.Copy(&b, r)
+		out <- b.String()
+	}()
+	stdout := os.Stdout
+	os.Stdout = w
+	err = k.Run()
+	os.Stdout = stdout
+	w.Close()
+	return <-out, err
+}
+
+// TestRegistryCommands is docs/ton.md, on a devnet.
+func TestRegistryCommands(t *testing.T) {
+	dir := t.TempDir()
+	t.Setenv("XDG_STATE_HOME", dir)
+	t.Setenv("CHRYSALIS_TON_NETWORK", "devnet")
+	if _, err := runCommand(t, "registry", "list", "EQABAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAJYa"); err == nil || !strings.Contains(err.Error(), "chrysalis devnet") {
+		t.Errorf("no devnet: %v", err)
+	}
+	chain, err := devnet.Open(devnet.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer chain.Close()
+	server, err := chain.Serve("127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer server.Close()
+	devnetDir := filepath.Join(dir, "chrysalis", "devnet")
+	if err := os.MkdirAll(devnetDir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(devnetDir, globalConfigName), chain.GlobalConfig(server), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	key, auditor := filepath.Join(dir, "publisher.key"), filepath.Join(dir, "auditor.key")
+	t.Setenv("CHRYSALIS_TON_KEY", key)
+	must := func(want string, args ...string) string {
+		t.Helper()
+		out, err := runCommand(t, args...)
+		if err != nil || !regexp.MustCompile(want).MatchString(out) {
+			t.Fatalf("%v: %v\n%s", args, err, out)
+		}
+		return out
+	}
+	fails := func(want error, args ...string) {
+		t.Helper()
+		if out, err := runCommand(t, args...); !errors.Is(err, want) {
+			t.Fatalf("%v: %v\n%s", args, err, out)
+		}
+	}
+	must(`^[0-9a-f]{64}\n$`, "registry", "new-key", key)
+	public := strings.TrimSpace(must(`^[0-9a-f]{64}\n$`, "registry", "new-key", auditor))
+	fails(registry.ErrNoFunds, "registry", "init")
+	must(`(?m)^wallet\tUQ.*\nregistry\tEQ`, "registry", "address")
+	private, err := registry.LoadKey(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	wallet, err := registry.NewWallet(private, "v5r1", chain.GlobalID())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := chain.Fund(wallet.Address.Std(), tonAmount(10)); err != nil {
+		t.Fatal(err)
+	}
+	height := chain.Height()
+	must(`dry run`, "registry", "init", "--dry-run")
+	if chain.Height() > height+1 {
+		t.Error("a dry run sent something")
+	}
+	must(`^init: done`, "registry", "init")
+	must(`^nothing to do`, "registry", "init")
+	address := registry.AddressOfWallet(wallet).String()
+
+	model := &record.Model{Version: record.Version, Kind: record.KindModel, Name: "acme/model", Revision: "1", RootHash: make([]byte, 32)}
+	data, err := record.Encode(model)
+	if err != nil {
+		t.Fatal(err)
+	}
+	file := filepath.Join(dir, "model.json")
+	if err := os.WriteFile(file, data, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	sum := model.Key()
+	id := hex.EncodeToString(sum[:])
+	must(`^publish .*: done`, "registry", "publish", file)
+	must(`^nothing to do`, "registry", "publish", file)
+	must(id+`  model  active`, "registry", "list", address)
+	must(`"records":\[{"key":"`+id, "registry", "list", address, "--json")
+	fails(registry.ErrSignatures, "registry", "show", address, id, "--auditor", public, "--signatures", "1")
+	must(`^cosign .*: done`, "registry", "cosign", file, "--registry", address, "--auditor-key", auditor)
+	must(`signed by +`+public, "registry", "show", address, id, "--auditor", public, "--signatures", "1")
+	bundle := filepath.Join(dir, "bundle.json")
+	must(`1 records`, "registry", "bundle", address, "-o", bundle)
+	must(`^top-up: done`, "registry", "top-up", address, "0.5")
+	must(`^deprecate .*: done`, "registry", "deprecate", id)
+	fails(registry.ErrDeprecated, "registry", "show", address, id)
+	must(`^revoke .*: done`, "registry", "revoke", id)
+	fails(registry.ErrRevoked, "registry", "show", address, id)
+	fails(registry.ErrRevoked, "registry", "publish", file)
+	fails(registry.ErrNoRecord, "registry", "revoke", strings.Repeat("0", 64))
+
+	// Without a connection, the bundle still has it as it was.
+	server.Close()
+	must(`status +active`, "registry", "show", address, id, "--bundle", bundle)
+	fails(lite.ErrStale, "registry", "show", address, id, "--bundle", bundle, "--bundle-age", "1ns")
+}
+
+func TestTONFlags(t *testing.T) {
+	t.Setenv("XDG_STATE_HOME", t.TempDir())
+	config := filepath.Join(t.TempDir(), "global.json")
+	if err := os.WriteFile(config, []byte(`{"liteservers":[{"ip":1,"port":1,"id":{"key":"n4VDnSCUuSpjnCyUk9e3QOOd6o0ItSWYbTnW3Wnn8wk="}}]}`), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	mainnet, _ := lite.Known("mainnet")
+	n, err := (&tonFlags{Network: "mainnet", GlobalConfig: config}).network()
+	if err != nil || n.GlobalID != -239 || n.KeyBlock != mainnet.KeyBlock {
+		t.Errorf("%+v, %v", n, err)
+	}
+	n, err = (&tonFlags{Network: "-5", GlobalConfig: config, KeyBlock: mainnet.KeyBlock.String()}).network()
+	if err != nil || n.GlobalID != -5 || n.KeyBlock != mainnet.KeyBlock {
+		t.Errorf("%+v, %v", n, err)
+	}
+	for name, f := range map[string]tonFlags{
+		"no config":                {Network: "mainnet"},
+		"unknown network":          {Network: "nonsense", GlobalConfig: config},
+		"no block to trust":        {Network: "-5", GlobalConfig: config},
+		"a key block that is none": {Network: "mainnet", GlobalConfig: config, KeyBlock: "1:2:3"},
+	} {
+		if _, err := f.network(); err == nil {
+			t.Errorf("%s: no error", name)
+		}
+	}
+}
