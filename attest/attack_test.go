@@ -667,3 +667,36 @@ func TestInFlight(t *testing.T) {
 		t.Error("a request after the refusal is sent")
 	}
 }
+
+// TestNoDelay sends a request while the VM's evidence is being fetched again, and
+// does not come.
+func TestNoDelay(t *testing.T) {
+	s := newScene(t, record.TDX)
+	s.client.Timeout = time.Minute
+	if err := s.ask(); err != nil {
+		t.Fatal(err)
+	}
+	begun, end := make(chan bool), make(chan bool)
+	s.server.Evidence = func(w http.ResponseWriter, r *http.Request) {
+		begun <- true
+		<-end
+		w.Write(s.vm.Evidence(asked(r)))
+	}
+	done := make(chan error)
+	go func() {
+		_, err := s.client.Attest(context.Background(), s.server.URL)
+		done <- err
+	}()
+	<-begun
+	if err := s.ask(); err != nil { // over the warm connection
+		t.Error(err)
+	}
+	s.client.CloseIdleConnections()
+	if err := s.ask(); err != nil { // over a new one, to a key that is verified
+		t.Error(err)
+	}
+	close(end)
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+}
