@@ -19,6 +19,7 @@ import (
 	"chrysalis/image"
 	"chrysalis/image/toolsroot"
 	"chrysalis/launcher"
+	"chrysalis/launcher/gpu"
 )
 
 // UpCmd starts a VM.
@@ -32,6 +33,7 @@ type UpCmd struct {
 	Tokens    TokenFlags       `embed:""`
 	Shape     string           `default:"small" help:"The VM's shape, one of those below (default: ${default})."`
 	GPU       []string         `name:"gpu" placeholder:"PCI-ADDRESS" sep:"none" help:"A GPU to pass through, like 0000:b8:00.0; repeat it for more."`
+	GPUs      int              `name:"gpus" placeholder:"N" help:"Pass through as many of the GPUs that 'gpu prepare' made ready, in a shape that has them."`
 	Listen    string           `placeholder:"HOST:PORT" help:"Where clients connect; port 0 picks a free one (default: 127.0.0.1:8443, or where the replaced VM listens)."`
 	Accel     string           `enum:"auto,tdx,kvm,tcg" default:"auto" help:"Accelerator: auto takes TDX, or else KVM where it really works, or else TCG (default: ${default})."`
 	Firmware  string           `placeholder:"FILE" help:"The TDX firmware that belongs to the image; needed on TDX only."`
@@ -55,6 +57,27 @@ func (*UpCmd) Help() string {
 	return "The shapes are " + strings.Join(launcher.ShapeNames(), ", ") + "."
 }
 
+// pickGPUs does what --gpus asks for.
+func (c *UpCmd) pickGPUs() (err error) {
+	if c.GPUs == 0 {
+		return nil
+	}
+	if len(c.GPU) > 0 {
+		return errors.New("--gpu names GPUs and --gpus counts them; give one of both")
+	}
+	all, err := hostGPUs().List()
+	if err != nil {
+		return err
+	}
+	if c.GPU, err = gpu.Pick(all, c.GPUs); err != nil {
+		return err
+	}
+	if c.Shape == "small" { // the default
+		c.Shape, err = launcher.ShapeForGPUs(c.GPUs)
+	}
+	return err
+}
+
 // Run starts the VM and waits until it is ready.
 func (c *UpCmd) Run(ctx context.Context) error {
 	tools, err := openToolsRoot(c.Tools)
@@ -67,6 +90,9 @@ func (c *UpCmd) Run(ctx context.Context) error {
 	}
 	tokens, err := c.Tokens.hashes()
 	if err != nil {
+		return err
+	}
+	if err := c.pickGPUs(); err != nil {
 		return err
 	}
 	show := newProgress(os.Stderr, os.Stdout, c.JSON)
