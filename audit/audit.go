@@ -24,6 +24,7 @@ import (
 	"chrysalis/image/inspect"
 	"chrysalis/image/provenance"
 	"chrysalis/image/release"
+	"chrysalis/measure/record"
 )
 
 // BundleName is what a release calls its bundle, if it has one.
@@ -62,7 +63,22 @@ type folder struct {
 	dir        string
 	statements []*provenance.Statement
 	lock       *image.Lock
+	records    []measured
 	bundle     bool
+}
+
+// parameters are those of the build that made the image of a record.
+func (f *folder) parameters(m *record.File) provenance.Parameters {
+	var disks provenance.Parameters
+	for _, s := range f.statements {
+		p := s.Parameters()
+		if p.UKI() == m.Image.Name+".efi" {
+			disks.Profile = p.Profile
+		}
+		disks.Engines = append(disks.Engines, p.Engines...)
+		disks.Models = append(disks.Models, p.Models...)
+	}
+	return disks
 }
 
 // subjects are the names of the files that statements are about, each once,
@@ -217,6 +233,12 @@ func openRelease(dir string) (*folder, error) {
 	for _, name := range names {
 		if name == BundleName {
 			rel.bundle = true
+		} else if strings.HasSuffix(name, RecordSuffix) {
+			m, err := readRecord(filepath.Join(dir, name))
+			if err != nil {
+				return nil, err
+			}
+			rel.records = append(rel.records, m)
 		} else if !slices.Contains(want, name) {
 			return nil, fmt.Errorf("the release has %s, which its provenance does not name; take it out, or ask the publisher what it is", filepath.Join(dir, name))
 		}
@@ -244,16 +266,7 @@ func (a *Auditor) checkSource(ctx context.Context, r *Report, rel *folder) (bool
 		detail = "its provenance says that it was built from files that are not those of the commit: nobody can build it again"
 	}
 	same := r.check("release is built from a commit as it is", detail)
-	detail = ""
-	if source.Commit != commit {
-		detail = fmt.Sprintf("the working tree is at %s; check the release's commit out with 'git -C %s checkout --detach %s' (after 'git fetch', if git does not know it), read it, and build the audit from it", source.Commit, a.Source, commit)
-	}
-	same = r.check("working tree is at the release's commit", detail) && same
-	detail = ""
-	if source.Dirty() {
-		detail = fmt.Sprintf("not as in the commit: %s; move such files away, or audit in a fresh clone", strings.Join(source.Changed, ", "))
-	}
-	same = r.check("working tree has nothing but the commit", detail) && same
+	same = a.checkTree(r, source, commit, "release") && same
 	lock, err := image.ReadLock(a.Source)
 	if err != nil {
 		return false, err
@@ -266,6 +279,20 @@ func (a *Auditor) checkSource(ctx context.Context, r *Report, rel *folder) (bool
 		}
 	}
 	return r.check(image.LockName+" is the working tree's", detail) && same, nil
+}
+
+// checkTree compares the working tree with the commit of what is audited.
+func (a *Auditor) checkTree(r *Report, source provenance.Source, commit, what string) bool {
+	detail := ""
+	if source.Commit != commit {
+		detail = fmt.Sprintf("the working tree is at %s; check the %s's commit out with 'git -C %s checkout --detach %s' (after 'git fetch', if git does not know it), read it, and build the audit from it", source.Commit, what, a.Source, commit)
+	}
+	same := r.check("working tree is at the "+what+"'s commit", detail)
+	detail = ""
+	if source.Dirty() {
+		detail = fmt.Sprintf("not as in the commit: %s; move such files away, or audit in a fresh clone", strings.Join(source.Changed, ", "))
+	}
+	return r.check("working tree has nothing but the commit", detail) && same
 }
 
 // builds is the check of one rebuilt file.
@@ -318,13 +345,28 @@ func (a *Auditor) rebuild(ctx context.Context, r *Report, rel *folder, dir strin
 		return err
 	}
 	r.add(c)
-	r.add(checkRecord(rel, dir))
+	if len(rel.records) == 0 {
+		r.add(provenance.Check{What: "measurement record", Result: provenance.None, Detail: "no record in the release"})
+	}
+	for _, m := range rel.records {
+		c, err := a.checkRecord(ctx, m, dir, rel.parameters(m.file))
+		if err != nil {
+			return err
+		}
+		r.add(c)
+	}
+	commit, _ := rel.statements[0].Commit()
+	return a.checkStayed(ctx, r, commit)
+}
+
+// checkStayed checks that the working tree is still what was built from.
+func (a *Auditor) checkStayed(ctx context.Context, r *Report, commit string) error {
 	after, err := provenance.ReadSource(ctx, a.Source)
 	if err != nil {
 		return err
 	}
-	detail = ""
-	if commit, _ := rel.statements[0].Commit(); after.Commit != commit || after.Dirty() {
+	detail := ""
+	if after.Commit != commit || after.Dirty() {
 		detail = "it changed while the release was built again; repeat the audit"
 	}
 	r.check("working tree stayed as it was", detail)
@@ -362,13 +404,6 @@ func (a *Auditor) checkExpected(rel *folder) (provenance.Check, error) {
 		c.Result, c.Detail = provenance.None, "it is about none of them"
 	}
 	return c, nil
-}
-
-// checkRecord compares the release's measurement record with what is predicted
-// from the artefacts that were rebuilt into a folder. A release cannot carry one
-// yet: openRelease knows no name for it.
-func checkRecord(*folder, string) provenance.Check {
-	return provenance.Check{What: "measurement record", Result: provenance.None, Detail: "no record in the release"}
 }
 
 // compare says whether two files are the same and, if not, why.

@@ -17,6 +17,8 @@ import (
 	"chrysalis/image/imagetest"
 	"chrysalis/image/provenance"
 	"chrysalis/image/release"
+	"chrysalis/measure/plan"
+	"chrysalis/measure/record"
 )
 
 const tools = "0123456789abcdef"
@@ -436,6 +438,14 @@ func TestAuditImage(t *testing.T) {
 		t.Fatalf("it is not the same: %q", failures(r))
 	}
 
+	// From here on nothing is built again.
+	a.Build = func(_ context.Context, dir string, p provenance.Parameters) (provenance.Build, error) {
+		lock, err := image.ReadLock(clone)
+		return provenance.Build{Parameters: p, Lock: lock, Tools: filepath.Base(imagetest.Tools(t).Dir)},
+			errors.Join(err, os.CopyFS(dir, os.DirFS(kept)))
+	}
+	auditRecord(t, a, dir)
+
 	uki := filepath.Join(dir, "chrysalis.efi")
 	data, err := os.ReadFile(uki)
 	if err != nil {
@@ -446,11 +456,6 @@ func TestAuditImage(t *testing.T) {
 		t.Fatal("the command line does not say panic=-1")
 	}
 	write(t, uki, string(altered))
-	a.Build = func(_ context.Context, dir string, p provenance.Parameters) (provenance.Build, error) {
-		lock, err := image.ReadLock(clone)
-		return provenance.Build{Parameters: p, Lock: lock, Tools: filepath.Base(imagetest.Tools(t).Dir)},
-			errors.Join(err, os.CopyFS(dir, os.DirFS(kept)))
-	}
 	if r, err = a.Audit(t.Context(), dir); err != nil {
 		t.Fatal(err)
 	}
@@ -458,4 +463,93 @@ func TestAuditImage(t *testing.T) {
 	if r.OK || len(got) != 2 || !strings.Contains(got[1], "section .cmdline") {
 		t.Errorf("these fail: %q, want the command line to be named", got)
 	}
+}
+
+// auditRecord audits records of a release: within it, and by themselves.
+func auditRecord(t *testing.T, a *audit.Auditor, dir string) {
+	t.Helper()
+	lock, err := os.ReadFile(filepath.Join(a.Source, image.LockName))
+	if err != nil {
+		t.Fatal(err)
+	}
+	result, err := plan.Run(t.Context(), plan.Options{
+		Platform: record.TPM, Boot: record.BootKernel, ExitFailures: -1, Lock: lock, Tools: imagetest.Tools(t), Shapes: []string{"small"},
+		Image: filepath.Join(dir, "chrysalis.efi"), Engine: filepath.Join(dir, "llama.cpp.disk"), Models: []string{filepath.Join(dir, "demo.disk")},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(dir, "tpm"+audit.RecordSuffix)
+	defer os.Remove(path)
+	alone := filepath.Join(t.TempDir(), "alone.json")
+	for _, c := range []struct {
+		name, want string
+		change     func(*record.File)
+	}{
+		{"as it is", "", func(*record.File) {}},
+		{"another PCR", "image.pcrs[3].sha256 is ", func(f *record.File) { f.Image.PCRs[3].SHA256[0] ^= 1 }},
+		{"another UKI", "image.uki is ", func(f *record.File) { f.Image.UKI[0] ^= 1 }},
+		{"another engine", "of the engine llama.cpp", func(f *record.File) { f.Engines[0].RootHash[0] ^= 1 }},
+		{"another profile", "engines[0].profile is ", func(f *record.File) { f.Engines[0].Profile[0] ^= 1 }},
+		{"another model", "of the model chrysalis/demo@1", func(f *record.File) { f.Models[0].RootHash[0] ^= 1 }},
+		{"another shape", "shapes[0].memory is ", func(f *record.File) { f.Shapes[0].Memory++ }},
+	} {
+		data, err := result.File.Encode()
+		if err != nil {
+			t.Fatal(err)
+		}
+		f, err := record.ParseFile(data)
+		if err != nil {
+			t.Fatal(err)
+		}
+		c.change(f)
+		key := f.Image.Key()
+		for i := range f.Shapes {
+			f.Shapes[i].Image = key[:]
+		}
+		if data, err = f.Encode(); err != nil {
+			t.Fatal(err)
+		}
+		write(t, path, string(data))
+		write(t, alone, string(data))
+		for where, check := range map[string]func() (*audit.Report, error){
+			"in a release": func() (*audit.Report, error) { return a.Audit(t.Context(), dir) },
+			"alone":        func() (*audit.Report, error) { return a.AuditRecord(t.Context(), alone) },
+		} {
+			r, err := check()
+			if err != nil {
+				t.Fatalf("%s, %s: %v", c.name, where, err)
+			}
+			got := failures(r)
+			if c.want == "" && !r.OK || c.want != "" && (r.OK || len(got) != 1 || !strings.Contains(got[0], c.want)) {
+				t.Errorf("%s, %s: these fail: %q, want %q", c.name, where, got, c.want)
+			}
+		}
+	}
+
+	other, err := record.ParseFile(must(result.File.Encode()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	other.Image.Commit = strings.Repeat("0", 40)
+	write(t, alone, string(must(other.Encode())))
+	r, err := a.AuditRecord(t.Context(), alone)
+	if err != nil || r.OK || len(failures(r)) != 1 || !strings.Contains(failures(r)[0], "check the record's commit out") {
+		t.Errorf("a record of another commit: %v, %+v", err, r)
+	}
+	write(t, alone, "{}")
+	if _, err := a.AuditRecord(t.Context(), alone); err == nil || !strings.Contains(err.Error(), "alone.json") {
+		t.Errorf("no record: %v", err)
+	}
+	write(t, path, "{}")
+	if _, err := a.Audit(t.Context(), dir); err == nil || !strings.Contains(err.Error(), path) {
+		t.Errorf("no record in a release: %v", err)
+	}
+}
+
+func must(data []byte, err error) []byte {
+	if err != nil {
+		panic(err)
+	}
+	return data
 }

@@ -48,6 +48,10 @@ func ParseName(s string) (name, revision string, err error) {
 	return name, revision, nil
 }
 
+// FragmentSuffix follows a model disk's path in that of its fragment, which says
+// what it is.
+const FragmentSuffix = ".json"
+
 // PackOptions say what a model disk is called and where it goes.
 type PackOptions struct {
 	Name     string // ORG/NAME

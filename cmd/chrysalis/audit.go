@@ -13,9 +13,9 @@ import (
 // AuditCmd builds a release again and compares.
 type AuditCmd struct {
 	sourceFlags
-	Dir  string `arg:"" type:"existingdir" help:"The release: UKI, disks, manifest, SBOMs, provenance and image.lock, and nothing else but the bundle."`
-	Keep string `placeholder:"DIR" help:"Build into this folder, which must be empty or not there, and leave it (default: a temporary one)."`
-	JSON bool   `name:"json" help:"Print one JSON document."`
+	Release string `arg:"" type:"path" help:"The release: a folder with UKI, disks, manifest, SBOMs, provenance and image.lock, and nothing else but measurement records and the bundle; or a measurement record alone."`
+	Keep    string `placeholder:"DIR" help:"Build into this folder, which must be empty or not there, and leave it (default: a temporary one)."`
+	JSON    bool   `name:"json" help:"Print one JSON document."`
 }
 
 // Run audits the release and prints every check; it fails unless all hold.
@@ -31,7 +31,15 @@ func (c *AuditCmd) Run(ctx context.Context) error {
 			return c.builder(ctx, "", show).Bundle(ctx, path)
 		},
 	}
-	report, err := a.Audit(ctx, c.Dir)
+	info, err := os.Stat(c.Release)
+	if err != nil {
+		return &exitError{exitBadInput, err}
+	}
+	check := a.Audit
+	if !info.IsDir() {
+		check = a.AuditRecord
+	}
+	report, err := check(ctx, c.Release)
 	show.done()
 	return c.print(report, err)
 }
@@ -46,14 +54,14 @@ func (c *AuditCmd) print(report *audit.Report, err error) error {
 	} else {
 		err = printChecks(os.Stdout, report.Checks)
 		if err == nil && report.OK {
-			_, err = fmt.Printf("the release is what commit %s makes\n", report.Commit)
+			_, err = fmt.Printf("it is what commit %s makes\n", report.Commit)
 		}
 	}
 	if err != nil {
 		return err
 	}
 	if !report.OK {
-		return &exitError{exitDifferent, fmt.Errorf("%s: the release does not hold", c.Dir)}
+		return &exitError{exitDifferent, fmt.Errorf("%s: it does not hold", c.Release)}
 	}
 	return nil
 }

@@ -106,7 +106,7 @@ func TestVerifyProvenance(t *testing.T) {
 			if exitCode(err) != c.code {
 				t.Errorf("--json: it ends with %d, want %d", exitCode(err), c.code)
 			}
-			if c.code < 2 && (json.Unmarshal([]byte(out), &report) != nil || report.OK != (c.code == 0) || len(report.Checks) != 7) {
+			if c.code < 2 && (json.Unmarshal([]byte(out), &report) != nil || report.OK != (c.code == 0) || len(report.Checks) != 8) {
 				t.Errorf("--json: it prints %s", out)
 			}
 		})
@@ -138,7 +138,7 @@ func TestAuditCommand(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			source, dir, _ := fakeRelease(t)
 			c.change(t, source, dir)
-			cmd := AuditCmd{Dir: dir}
+			cmd := AuditCmd{Release: dir}
 			cmd.Source, cmd.Mirror = source, []string{t.TempDir()}
 			run := func() error { return cmd.Run(t.Context()) }
 			out, err := capture(t, run)
@@ -162,9 +162,9 @@ func TestAuditCommand(t *testing.T) {
 		})
 	}
 	report := &audit.Report{OK: true, Commit: strings.Repeat("c", 40), Checks: []provenance.Check{{What: "x", Result: provenance.Pass}}}
-	cmd := AuditCmd{Dir: "release"}
+	cmd := AuditCmd{Release: "release"}
 	out, err := capture(t, func() error { return cmd.print(report, nil) })
-	if err != nil || !strings.Contains(out, "✔  x\nthe release is what commit ccc") {
+	if err != nil || !strings.Contains(out, "✔  x\nit is what commit ccc") {
 		t.Errorf("%v: %s", err, out)
 	}
 	cmd.JSON = true

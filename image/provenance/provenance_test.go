@@ -144,7 +144,7 @@ func TestParseStatementRefuses(t *testing.T) {
 		{"too large", good, strings.Repeat(" ", provenance.MaxStatement+1), "more than 65536 bytes"},
 		{"unknown field", `"_type"`, `"more": 1, "_type"`, "unknown field"},
 		{"wrong JSON type", `"subject": [`, `"subject": 5, "x": [`, "subject is a JSON number"},
-		{"duplicate key", `"profile": ""`, `"profile": "x", "profile": ""`, "line 46 is not as"},
+		{"duplicate key", `"profile": ""`, `"profile": "x", "profile": ""`, "line 52 is not as"},
 		{"other spelling", "{\n", "{", "line 1 is not as"},
 		{"something after it", "}\n}\n", "}\n}\n{}\n", "is not as"},
 		{"type", "in-toto.io/Statement/v1", "in-toto.io/Statement/v0.1", "its _type is"},

@@ -27,6 +27,7 @@ import (
 	"strings"
 
 	"chrysalis/image"
+	"chrysalis/models"
 )
 
 // Types and names in a statement.
@@ -181,7 +182,7 @@ func (p Parameters) Statement() string { return p.Image() + StatementSuffix }
 func (p Parameters) Artefacts() []string {
 	names := p.packaged()
 	for _, model := range p.Models {
-		names = append(names, modelDisk(model))
+		names = append(names, modelDisk(model), modelDisk(model)+models.FragmentSuffix)
 	}
 	names = append(names, p.Manifests()...)
 	slices.Sort(names)

@@ -101,7 +101,7 @@ func TestDescribe(t *testing.T) {
 	for _, f := range r.Artefacts {
 		names = append(names, f.Name)
 	}
-	if want := []string{"chrysalis.efi", "demo.disk", "llama.cpp.disk", "llama.cpp.manifest.json"}; !slices.Equal(names, want) {
+	if want := []string{"chrysalis.efi", "demo.disk", "demo.disk.json", "llama.cpp.disk", "llama.cpp.manifest.json"}; !slices.Equal(names, want) {
 		t.Errorf("it names %q, want %q", names, want)
 	}
 	if r.Tools.Entries < 1000 || len(r.Inputs.Sections) < 5 || len(r.Inputs.Manifests) != 1 || len(r.Inputs.Firmware) != 3 || r.Inputs.QEMU == "" {
