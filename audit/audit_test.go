@@ -487,7 +487,7 @@ func auditRecord(t *testing.T, a *audit.Auditor, dir string) {
 		change     func(*record.File)
 	}{
 		{"as it is", "", func(*record.File) {}},
-		{"another PCR", "image.pcrs[3].sha256 is ", func(f *record.File) { f.Image.PCRs[3].SHA256[0] ^= 1 }},
+		{"another firmware", "image.firmware is ", func(f *record.File) { f.Image.Firmware[0] ^= 1 }},
 		{"another UKI", "image.uki is ", func(f *record.File) { f.Image.UKI[0] ^= 1 }},
 		{"another engine", "of the engine llama.cpp", func(f *record.File) { f.Engines[0].RootHash[0] ^= 1 }},
 		{"another profile", "engines[0].profile is ", func(f *record.File) { f.Engines[0].Profile[0] ^= 1 }},
