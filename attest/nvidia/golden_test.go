@@ -144,7 +144,7 @@ func TestGoldenReportFlipped(t *testing.T) {
 	seen := map[Check]int{}
 	step := 1
 	if testing.Short() {
-		step = 13
+		step = 53
 	}
 	for i := 0; i < len(report); i += step {
 		g.Report = append([]byte{}, report...)
@@ -184,7 +184,7 @@ func TestGoldenRIMFlipped(t *testing.T) {
 	}
 	step := 7
 	if testing.Short() {
-		step = 61
+		step = 509
 	}
 	same := 0
 	for i := 0; i < len(data); i += step {
