@@ -82,8 +82,11 @@ func Explain(f *record.File, o Observed, shape string, guesses func(record.Shape
 	candidates := []string{shape}
 	if shape == "" {
 		candidates = nil
+		// A machine of which nothing is known would fit any VM.
 		for _, s := range f.Shapes {
-			candidates = append(candidates, s.Name)
+			if !slices.ContainsFunc(f.Events, func(e record.Event) bool { return e.Shape == s.Name && len(e.Digest) == 0 }) {
+				candidates = append(candidates, s.Name)
+			}
 		}
 		if len(candidates) == 0 {
 			candidates = []string{""}

@@ -294,13 +294,22 @@ func (c change) run(t *testing.T) {
 	vm := startQEMU(t, append(argv, "-no-shutdown"), append(binds, toolsroot.Bind{Host: extra, Inside: "/vm/extra"})...)
 	// The kernel has measured all when its driver runs, or when the agent has
 	// refused what it found.
-	deadline := time.Now().Add(time.Minute)
+	looked := time.Now()
 	vm.await(func() bool {
-		if c.returns {
-			return time.Now().After(deadline)
+		if !c.returns {
+			return vm.stopped() || vm.driverRuns()
 		}
-		return vm.stopped() || vm.driverRuns()
+		if time.Since(looked) < 15*time.Second {
+			return false
+		}
+		returned := bytes.Contains(firmwareLog(vm.memory(1<<30)), []byte("Returning from EFI Application"))
+		vm.execute("cont", nil)
+		looked = time.Now()
+		return returned
 	})
+	if c.returns {
+		time.Sleep(20 * time.Second) // until the firmware has tried everything and waits
+	}
 	log := firmwareLog(vm.memory(1 << 30))
 	x, text := h.explain(p, log, 1)
 	t.Log(text)
