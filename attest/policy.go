@@ -188,14 +188,17 @@ func (p *Policy) Check() error {
 		}
 	}
 	if !p.AllowNotConfidential {
-		for name, set := range map[string]bool{
-			"platforms: \"tpm\"": slices.Contains(p.Platforms, record.TPM),
-			"tdx_roots":          len(p.TDXRoots) > 0,
-			"tpm_roots":          len(p.TPMRoots) > 0,
-			"development_roots":  len(p.DevelopmentRoots) > 0,
+		for _, relaxed := range []struct {
+			name string
+			set  bool
+		}{
+			{"platforms: \"tpm\"", slices.Contains(p.Platforms, record.TPM)},
+			{"tdx_roots", len(p.TDXRoots) > 0},
+			{"tpm_roots", len(p.TPMRoots) > 0},
+			{"development_roots", len(p.DevelopmentRoots) > 0},
 		} {
-			if set {
-				return fmt.Errorf("%s: needs allow_not_confidential, because such evidence does not prove confidentiality", name)
+			if relaxed.set {
+				return fmt.Errorf("%s: needs allow_not_confidential, because such evidence does not prove confidentiality", relaxed.name)
 			}
 		}
 	}

@@ -235,9 +235,12 @@ func (r *run) verifyTDX(ctx context.Context, d *evidence.Document, in *Input) (e
 		return pass("version %d.%d, MRSEAM %x…", t.teeTCBSVN[1], t.teeTCBSVN[0], t.mrSEAM[:8])
 	})
 	r.must(CheckOwner, func() outcome {
-		for name, value := range map[string][]byte{"MRSERVICETD": t.mrServiceTD, "MROWNER": t.mrOwner, "MROWNERCONFIG": t.mrOwnerConfig} {
-			if !zero(value) {
-				return outcome{Failed, name + " is not zero", strings.Repeat("0", 96), hex.EncodeToString(value)}
+		for _, r := range []struct {
+			name  string
+			value []byte
+		}{{"MRSERVICETD", t.mrServiceTD}, {"MROWNER", t.mrOwner}, {"MROWNERCONFIG", t.mrOwnerConfig}} {
+			if !zero(r.value) {
+				return outcome{Failed, r.name + " is not zero", strings.Repeat("0", 96), hex.EncodeToString(r.value)}
 			}
 		}
 		if t.mrServiceTD == nil {
