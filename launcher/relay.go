@@ -55,8 +55,14 @@ func (r *Relay) Counters() RelayCounters {
 // It does not close l, which can be served again, here or by another process.
 func (r *Relay) Serve(ctx context.Context, l *net.TCPListener) error {
 	l.SetDeadline(time.Time{})
-	stop := context.AfterFunc(ctx, func() { l.SetDeadline(time.Unix(1, 0)) })
-	defer stop()
+	woken := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() { l.SetDeadline(time.Unix(1, 0)); close(woken) })
+	defer func() {
+		// A deadline that is set later would end whoever serves l next.
+		if !stop() {
+			<-woken
+		}
+	}()
 	for {
 		select {
 		case r.slots <- struct{}{}:
