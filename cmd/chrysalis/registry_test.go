@@ -205,3 +205,17 @@ func TestTONFlags(t *testing.T) {
 		}
 	}
 }
+
+// TestTONDocument has docs/ton.md name the blocks that the program trusts.
+func TestTONDocument(t *testing.T) {
+	text, err := os.ReadFile("../../docs/ton.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"mainnet", "testnet"} {
+		known, _ := lite.Known(name)
+		if !bytes.Contains(text, []byte(name+"  "+known.KeyBlock.String()+"\n")) {
+			t.Errorf("it does not name %s of the %s", known.KeyBlock, name)
+		}
+	}
+}
