@@ -445,6 +445,7 @@ func TestAuditImage(t *testing.T) {
 			errors.Join(err, os.CopyFS(dir, os.DirFS(kept)))
 	}
 	auditRecord(t, a, dir)
+	auditRecords(t, a, dir)
 
 	uki := filepath.Join(dir, "chrysalis.efi")
 	data, err := os.ReadFile(uki)
@@ -544,6 +545,93 @@ func auditRecord(t *testing.T, a *audit.Auditor, dir string) {
 	write(t, path, "{}")
 	if _, err := a.Audit(t.Context(), dir); err == nil || !strings.Contains(err.Error(), path) {
 		t.Errorf("no record in a release: %v", err)
+	}
+}
+
+// auditRecords audits single records, as a registry has them.
+func auditRecords(t *testing.T, a *audit.Auditor, dir string) {
+	t.Helper()
+	lock, err := os.ReadFile(filepath.Join(a.Source, image.LockName))
+	if err != nil {
+		t.Fatal(err)
+	}
+	source, err := provenance.ReadSource(t.Context(), a.Source)
+	if err != nil {
+		t.Fatal(err)
+	}
+	predict := func() *record.File {
+		result, err := plan.Run(t.Context(), plan.Options{
+			Platform: record.TPM, Boot: record.BootKernel, ExitFailures: -1, Commit: source.Commit, Lock: lock, Tools: imagetest.Tools(t), Shapes: []string{"small"},
+			Image: filepath.Join(dir, "chrysalis.efi"), Engine: filepath.Join(dir, "llama.cpp.disk"), Models: []string{filepath.Join(dir, "demo.disk")},
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return result.File
+	}
+	for _, c := range []struct {
+		name, want string
+		records    func(f *record.File) []record.Record
+	}{
+		{"all", "", func(f *record.File) []record.Record {
+			return []record.Record{&f.Image, &f.Shapes[0], &f.Engines[0], &f.Models[0]}
+		}},
+		{"an image", "", func(f *record.File) []record.Record { return []record.Record{&f.Image} }},
+		{"a shape", "", func(f *record.File) []record.Record { return []record.Record{&f.Shapes[0]} }},
+		{"an engine", "", func(f *record.File) []record.Record { return []record.Record{&f.Engines[0]} }},
+		{"a model", "", func(f *record.File) []record.Record { return []record.Record{&f.Models[0]} }},
+		{"another UKI", "uki is ", func(f *record.File) []record.Record {
+			f.Image.UKI[0] ^= 1
+			return []record.Record{&f.Image}
+		}},
+		{"another shape", "memory is ", func(f *record.File) []record.Record {
+			f.Shapes[0].Memory++
+			return []record.Record{&f.Shapes[0]}
+		}},
+		{"a shape with more disks", "4 disks", func(f *record.File) []record.Record {
+			f.Shapes[0].Disks++
+			return []record.Record{&f.Shapes[0]}
+		}},
+		{"another profile", "profile is ", func(f *record.File) []record.Record {
+			f.Engines[0].Profile[0] ^= 1
+			return []record.Record{&f.Engines[0]}
+		}},
+		{"another model", "of the model chrysalis/demo@1", func(f *record.File) []record.Record {
+			f.Models[0].RootHash[0] ^= 1
+			return []record.Record{&f.Models[0]}
+		}},
+		{"another model's name", "name is ", func(f *record.File) []record.Record {
+			f.Models[0].Name = "acme/model"
+			return []record.Record{&f.Models[0]}
+		}},
+	} {
+		f := predict()
+		records := c.records(f)
+		var of *record.Image
+		if records[0].RecordKind() == record.KindShape {
+			of = &f.Image
+		}
+		r, err := a.AuditRecords(t.Context(), records, of)
+		if err != nil {
+			t.Fatalf("%s: %v", c.name, err)
+		}
+		got := failures(r)
+		if c.want == "" && (!r.OK || len(r.Checks) != 3+len(records)) || c.want != "" && (r.OK || len(got) != 1 || !strings.Contains(got[0], c.want)) {
+			t.Errorf("%s: of %d checks these fail: %q, want %q", c.name, len(r.Checks), got, c.want)
+		}
+	}
+	f := predict()
+	if _, err := a.AuditRecords(t.Context(), []record.Record{&f.Shapes[0]}, nil); err == nil || !strings.Contains(err.Error(), "image of the shapes is missing") {
+		t.Errorf("a shape without its image: %v", err)
+	}
+	other := f.Image
+	other.PCRs = slices.Clone(other.PCRs)
+	other.PCRs[0].SHA256 = make([]byte, 32)
+	if _, err := a.AuditRecords(t.Context(), []record.Record{&f.Shapes[0]}, &other); err == nil || !strings.Contains(err.Error(), "is of the image") {
+		t.Errorf("a shape of another image: %v", err)
+	}
+	if _, err := a.AuditRecords(t.Context(), []record.Record{&f.Image, &other}, nil); err == nil || !strings.Contains(err.Error(), "more than one image") {
+		t.Errorf("two images: %v", err)
 	}
 }
 

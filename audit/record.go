@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -20,6 +21,9 @@ import (
 
 // RecordSuffix ends the name of a measurement record in a release.
 const RecordSuffix = ".record.json"
+
+// anyEngine is the one that models are looked at with whose record names none.
+const anyEngine = "llama.cpp"
 
 // A measured is a measurement record and where it is from.
 type measured struct {
@@ -48,34 +52,152 @@ func (a *Auditor) AuditRecord(ctx context.Context, path string) (*Report, error)
 	if err != nil {
 		return nil, err
 	}
+	return a.rebuildFor(ctx, m.file, predicts(m.name), func(dir string, p provenance.Parameters) ([]provenance.Check, error) {
+		c, err := a.checkRecord(ctx, m, dir, p)
+		return []provenance.Check{c}, err
+	})
+}
+
+// AuditRecords checks single records, such as registries have: at most one image, and
+// shapes of it, engines and models. Shapes alone need their image besides, of; without
+// an image or shapes the working tree is taken as it is at its commit, since nothing
+// else says where an engine or a model is from. A record passes if what is built is
+// predicted to have exactly it.
+func (a *Auditor) AuditRecords(ctx context.Context, records []record.Record, of *record.Image) (*Report, error) {
+	f := &record.File{Version: record.Version}
+	if of != nil {
+		f.Image = *of
+	}
+	for _, r := range records {
+		switch r := r.(type) {
+		case *record.Image:
+			if of != nil && of.Key() != r.Key() || f.Image.Version != 0 && of == nil {
+				return nil, errors.New("the records are of more than one image; audit one at a time")
+			}
+			f.Image = *r
+		case *record.Shape:
+			f.Shapes = append(f.Shapes, *r)
+		case *record.Engine:
+			f.Engines = append(f.Engines, *r)
+		case *record.Model:
+			f.Models = append(f.Models, *r)
+		}
+	}
+	if f.Image.Version == 0 {
+		if len(f.Shapes) > 0 {
+			return nil, errors.New("the image of the shapes is missing")
+		}
+		source, err := provenance.ReadSource(ctx, a.Source)
+		if err != nil {
+			return nil, fmt.Errorf("%w; audit in a clone of the repository", err)
+		}
+		f.Image = record.Image{Name: "chrysalis", Platform: record.TPM, Boot: record.BootKernel, Commit: source.Commit}
+	}
+	key := f.Image.Key()
+	for _, s := range f.Shapes {
+		if !bytes.Equal(s.Image, key[:]) {
+			return nil, fmt.Errorf("the shape %s is of the image %s, and not of %x", s.Name, s.Image, key)
+		}
+	}
+	return a.rebuildFor(ctx, f, "records are what the rebuilt artefacts measure", func(dir string, p provenance.Parameters) ([]provenance.Check, error) {
+		result, fault, err := a.predict(ctx, f, dir, p)
+		if err != nil {
+			return nil, err
+		}
+		var checks []provenance.Check
+		for _, r := range records {
+			c := provenance.Check{What: predicts(fmt.Sprintf("%s %x", r.RecordKind(), r.Key())), Result: fault.Result, Detail: fault.Detail}
+			if fault.Result == provenance.Pass {
+				c.Detail = compareRecord(r, f, result)
+				if c.Detail != "" {
+					c.Result = provenance.Fail
+				}
+			}
+			checks = append(checks, c)
+		}
+		return checks, nil
+	})
+}
+
+// compareRecord says in what a record differs from what was predicted, or nothing. What
+// was predicted has engines, models and shapes in the order of the file that asked.
+func compareRecord(r record.Record, f, predicted *record.File) string {
+	var made record.Record
+	switch r := r.(type) {
+	case *record.Image:
+		made = &predicted.Image
+	case *record.Shape:
+		for i := range predicted.Shapes {
+			if predicted.Shapes[i].Name == r.Name {
+				made = &predicted.Shapes[i]
+			}
+		}
+		if r.Disks != 2+max(len(f.Models), 1) {
+			return fmt.Sprintf("it is of a VM with %d disks; audit it in one file with the engine and the models", r.Disks)
+		}
+	case *record.Engine:
+		for i := range predicted.Engines {
+			if bytes.Equal(predicted.Engines[i].RootHash, r.RootHash) {
+				made = &predicted.Engines[i]
+			}
+		}
+	case *record.Model:
+		for i := range predicted.Models {
+			if bytes.Equal(predicted.Models[i].RootHash, r.RootHash) {
+				made = &predicted.Models[i]
+			}
+		}
+	}
+	if made == nil {
+		return "nothing like it is predicted"
+	}
+	is, err := record.Encode(r)
+	if err != nil {
+		return err.Error()
+	}
+	want, err := record.Encode(made)
+	if err != nil {
+		return err.Error()
+	}
+	if !bytes.Equal(is, want) {
+		return difference(is, want)
+	}
+	return ""
+}
+
+// rebuildFor builds what a record is about and checks it; the checks are named what
+// where nothing is built.
+func (a *Auditor) rebuildFor(ctx context.Context, f *record.File, what string, check func(dir string, p provenance.Parameters) ([]provenance.Check, error)) (*Report, error) {
 	made, done, err := a.workspace()
 	if err != nil {
 		return nil, err
 	}
 	defer done()
-	r := &Report{Commit: m.file.Image.Commit}
+	r := &Report{Commit: f.Image.Commit}
 	source, err := provenance.ReadSource(ctx, a.Source)
 	if err != nil {
 		return nil, fmt.Errorf("%w; audit in a clone of the repository", err)
 	}
 	if a.checkTree(r, source, r.Commit, "record") {
-		p, err := a.parameters(m.file)
+		p, err := a.parameters(f)
 		if err != nil {
 			return nil, err
 		}
 		if _, err := a.Build(ctx, made, p); err != nil {
 			return nil, fmt.Errorf("build what the record is about: %w", err)
 		}
-		c, err := a.checkRecord(ctx, m, made, p)
+		checks, err := check(made, p)
 		if err != nil {
 			return nil, err
 		}
-		r.add(c)
+		for _, c := range checks {
+			r.add(c)
+		}
 		if err := a.checkStayed(ctx, r, r.Commit); err != nil {
 			return nil, err
 		}
 	} else {
-		r.add(provenance.Check{What: predicts(m.name), Result: provenance.None, Detail: "not built: the source is another"})
+		r.add(provenance.Check{What: what, Result: provenance.None, Detail: "not built: the source is another"})
 	}
 	r.OK = provenance.Passed(r.Checks)
 	return r, nil
@@ -93,6 +215,9 @@ func (a *Auditor) parameters(f *record.File) (provenance.Parameters, error) {
 	var engines, models []string
 	for _, e := range f.Engines {
 		engines = append(engines, e.Name)
+	}
+	if len(f.Models) > 0 && len(engines) == 0 {
+		engines = []string{anyEngine}
 	}
 	if len(f.Models) > 0 {
 		// Which of the tree's models they are is known by their root hashes.
@@ -113,28 +238,45 @@ func predicts(name string) string { return name + " is what the rebuilt artefact
 // checkRecord compares a record with what is predicted from the artefacts that
 // were rebuilt into a folder.
 func (a *Auditor) checkRecord(ctx context.Context, m measured, dir string, p provenance.Parameters) (provenance.Check, error) {
-	c := provenance.Check{What: predicts(m.name), Result: provenance.Pass}
-	fail := func(format string, args ...any) (provenance.Check, error) {
-		c.Result, c.Detail = provenance.Fail, fmt.Sprintf(format, args...)
-		return c, nil
+	predicted, c, err := a.predict(ctx, m.file, dir, p)
+	c.What = predicts(m.name)
+	if err != nil || c.Result != provenance.Pass {
+		return c, err
 	}
-	f := m.file
+	want, err := predicted.Encode()
+	if err != nil {
+		return c, err
+	}
+	if !bytes.Equal(want, m.data) {
+		c.Result, c.Detail = provenance.Fail, difference(m.data, want)
+	}
+	return c, nil
+}
+
+// predict predicts a record from the artefacts that were rebuilt into a folder. The
+// check passes, or says why there is no prediction.
+func (a *Auditor) predict(ctx context.Context, f *record.File, dir string, p provenance.Parameters) (*record.File, provenance.Check, error) {
+	c := provenance.Check{Result: provenance.Pass}
+	fail := func(format string, args ...any) (*record.File, provenance.Check, error) {
+		c.Result, c.Detail = provenance.Fail, fmt.Sprintf(format, args...)
+		return nil, c, nil
+	}
 	if f.Image.Boot != record.BootKernel {
 		c.Result = provenance.None
 		c.Detail = "it is of an exported disk, which a release does not have; export it and compare with 'chrysalis measure --boot disk'"
-		return c, nil
+		return nil, c, nil
 	}
 	data, err := os.ReadFile(filepath.Join(a.Source, image.LockName))
 	if err != nil {
-		return c, err
+		return nil, c, err
 	}
 	lock, err := image.ParseLock(data)
 	if err != nil {
-		return c, err
+		return nil, c, err
 	}
 	tools, err := image.OpenTools(lock)
 	if err != nil {
-		return c, err
+		return nil, c, err
 	}
 	disks := map[string]string{} // paths by root hash
 	for _, name := range p.Artefacts() {
@@ -143,7 +285,7 @@ func (a *Auditor) checkRecord(ctx context.Context, m measured, dir string, p pro
 		}
 		root, err := rootHash(filepath.Join(dir, name))
 		if err != nil {
-			return c, err
+			return nil, c, err
 		}
 		disks[root] = filepath.Join(dir, name)
 	}
@@ -162,6 +304,9 @@ func (a *Auditor) checkRecord(ctx context.Context, m measured, dir string, p pro
 			return fail("no rebuilt disk has the root hash %s of the engine %s", e.RootHash, e.Name)
 		}
 	}
+	if len(f.Models) > 0 && o.Engine == "" {
+		o.Engine = filepath.Join(dir, anyEngine+".disk")
+	}
 	for _, model := range f.Models {
 		path := disks[model.RootHash.String()]
 		if path == "" {
@@ -171,19 +316,12 @@ func (a *Auditor) checkRecord(ctx context.Context, m measured, dir string, p pro
 	}
 	result, err := plan.Run(ctx, o)
 	if ctx.Err() != nil {
-		return c, ctx.Err()
+		return nil, c, ctx.Err()
 	}
 	if err != nil {
 		return fail("it cannot be predicted: %v", err)
 	}
-	want, err := result.File.Encode()
-	if err != nil {
-		return c, err
-	}
-	if !bytes.Equal(want, m.data) {
-		return fail("%s", difference(m.data, want))
-	}
-	return c, nil
+	return result.File, c, nil
 }
 
 func rootHash(path string) (string, error) {

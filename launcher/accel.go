@@ -24,6 +24,9 @@ const (
 	AccelTCG  Accel = "tcg"
 )
 
+// TDX tells whether what Up starts on this machine with this choice is a TD.
+func (a Accel) TDX() bool { return a == AccelTDX || a == AccelAuto && thisHost.tdx() }
+
 // attempt is one platform to try.
 type attempt struct {
 	platform Platform

@@ -178,19 +178,30 @@ func Find(offers []Offer, model string, maxPrice int64) []Match {
 	return list
 }
 
-// Published fails unless publishers have the records of an offer's image and models,
-// each at least one of them, and the policy accepts those. A host's own word proves
-// nothing, so an offer without them would find no client.
-func (r *Reader) Published(ctx context.Context, view *lite.View, o *OfferDocument, publishers []lite.Address, policy Policy) error {
-	need := map[string]Key{"image": Key(o.Image)}
+// A Need is a record without which no client takes a worker.
+type Need struct {
+	What string // for people
+	Key  Key
+}
+
+// Needs are the records of an offer's image and models.
+func (o *OfferDocument) Needs() []Need {
+	list := []Need{{"image", Key(o.Image)}}
 	for _, m := range o.Models {
-		need["model "+m.ID] = (&record.Model{RootHash: m.RootHash}).Key()
+		list = append(list, Need{"model " + m.ID, (&record.Model{RootHash: m.RootHash}).Key()})
 	}
-	for what, key := range need {
+	return list
+}
+
+// Published fails unless publishers have the records, each at least one of them, and
+// the policy accepts those. A host's own word proves nothing, so an offer without them
+// would find no client.
+func (r *Reader) Published(ctx context.Context, view *lite.View, needs []Need, publishers []lite.Address, policy Policy) error {
+	for _, need := range needs {
 		var failures []error
 		ok := false
 		for _, publisher := range publishers {
-			found, err := r.Record(ctx, view, publisher, key)
+			found, err := r.Record(ctx, view, publisher, need.Key)
 			if err == nil {
 				err = policy.Check(found, time.Unix(int64(view.Head.Time), 0))
 			}
@@ -201,15 +212,15 @@ func (r *Reader) Published(ctx context.Context, view *lite.View, o *OfferDocumen
 			failures = append(failures, fmt.Errorf("%s: %w", publisher, err))
 		}
 		if !ok {
-			return fmt.Errorf("%w of the %s, %v: %w", ErrUnpublished, what, key, errors.Join(failures...))
+			return fmt.Errorf("%w of the %s, %v: %w", ErrUnpublished, need.What, need.Key, errors.Join(failures...))
 		}
 	}
 	return nil
 }
 
 // PutOffer puts the wallet's offer, in place of the one before, until it expires. It
-// refuses when the publishers do not have what is offered.
-func PutOffer(o OfferDocument, expiry time.Time, publishers []lite.Address, policy Policy) Operation {
+// refuses when the publishers do not have what is offered, or what else is needed.
+func PutOffer(o OfferDocument, expiry time.Time, publishers []lite.Address, policy Policy, also ...Need) Operation {
 	var encoded []byte
 	return Operation{
 		Name: "put offer", value: offerValue(expiry),
@@ -234,7 +245,7 @@ func PutOffer(o OfferDocument, expiry time.Time, publishers []lite.Address, poli
 			if len(encoded) > contract.MaxOffer {
 				return "", fmt.Errorf("the offer has %d bytes; up to %d are possible", len(encoded), contract.MaxOffer)
 			}
-			if err := p.Reader.Published(ctx, view, &o, publishers, policy); err != nil {
+			if err := p.Reader.Published(ctx, view, append(o.Needs(), also...), publishers, policy); err != nil {
 				return "", err
 			}
 			found, err := p.offer(ctx, view)

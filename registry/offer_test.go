@@ -48,6 +48,10 @@ func TestOffers(t *testing.T) {
 	if _, err := p.Do(t.Context(), PutOffer(o, expiry, publishers, Policy{Signatures: 1})); !errors.Is(err, ErrSignatures) {
 		t.Errorf("a policy of one signature: %v", err)
 	}
+	engine := Need{"engine llama.cpp", Key{3}}
+	if _, err := p.Do(t.Context(), PutOffer(o, expiry, publishers, Policy{}, engine)); !errors.Is(err, ErrUnpublished) || !strings.Contains(err.Error(), "engine llama.cpp") {
+		t.Errorf("an engine that nobody has published: %v", err)
+	}
 	n.do(p, PutOffer(o, expiry, publishers, Policy{}))
 
 	second := n.publisher(2, "v4r2")

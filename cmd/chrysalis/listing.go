@@ -22,59 +22,97 @@ type listingCommands struct {
 	Find   ListingFindCmd   `cmd:"" help:"Find offers of a model."`
 }
 
-// ListingPutCmd offers.
-type ListingPutCmd struct {
-	tonFlags
-	walletFlags
-	Endpoint        string         `required:"" placeholder:"HOST:PORT" help:"Where the worker is reached."`
-	Image           registry.Key   `required:"" placeholder:"KEY" help:"The key of the image's record."`
-	Model           []string       `required:"" placeholder:"NAME@REVISION:ROOTHASH" sep:"none" help:"A model that it serves; repeat it for more."`
-	PromptPrice     int64          `required:"" placeholder:"NANOTONS" help:"For a million tokens of prompts."`
-	CompletionPrice int64          `required:"" placeholder:"NANOTONS" help:"For a million tokens of completions."`
+// offerFlags say on which terms something is offered.
+type offerFlags struct {
+	Endpoint        string         `placeholder:"HOST:PORT" help:"Where the worker is reached."`
+	PromptPrice     *int64         `placeholder:"NANOTONS" help:"For a million tokens of prompts."`
+	CompletionPrice *int64         `placeholder:"NANOTONS" help:"For a million tokens of completions."`
 	Capacity        int            `default:"1" help:"How many requests it serves at a time (default: ${default})."`
 	Payout          string         `placeholder:"ADDRESS" help:"Who is paid (default: the wallet)."`
 	Expires         time.Duration  `default:"168h" help:"How long the offer is there, at most 720h (default: ${default})."`
-	Registry        []string       `required:"" placeholder:"ADDRESS" sep:"none" help:"A publisher's registry that must have the records; repeat it for more."`
+	Registry        []string       `placeholder:"ADDRESS" sep:"none" help:"A publisher's registry that must have the records; repeat it for more."`
 	Auditor         []registry.Key `placeholder:"KEY" sep:"none" help:"An auditor whose signature counts; repeat it for more."`
 	Signatures      int            `help:"How many of these auditors must have signed each record."`
 }
 
-// Run puts the offer, unless no publisher has what is offered.
-func (c *ListingPutCmd) Run(ctx context.Context) error {
-	show := newSteps()
-	defer show.done()
-	p, err := c.publisher(&c.tonFlags, "", show)
-	if err != nil {
-		return err
+// complete fails when something is missing that every offer has.
+func (f *offerFlags) complete() error {
+	var missing []string
+	for _, need := range []struct {
+		flag  string
+		given bool
+	}{
+		{"--endpoint=HOST:PORT", f.Endpoint != ""}, {"--prompt-price=NANOTONS", f.PromptPrice != nil},
+		{"--completion-price=NANOTONS", f.CompletionPrice != nil}, {"--registry=ADDRESS", len(f.Registry) > 0},
+	} {
+		if !need.given {
+			missing = append(missing, need.flag)
+		}
 	}
-	p.Reader.Client.Close()
+	if len(missing) > 0 {
+		return fmt.Errorf("missing flags: %s", strings.Join(missing, ", "))
+	}
+	return nil
+}
+
+// put is the wallet's offer of models, prices left to the flags. It is refused unless
+// the publishers have the records of all that and of what else is needed.
+func (f *offerFlags) put(ton *tonFlags, wallet *walletFlags, image registry.Key, models []registry.OfferedModel, also ...registry.Need) (registry.Operation, error) {
+	fail := func(err error) (registry.Operation, error) { return registry.Operation{}, err }
 	o := registry.OfferDocument{
-		Version: registry.OfferVersion, Endpoint: c.Endpoint, Image: record.Hex(c.Image[:]), Payout: c.Payout, Capacity: c.Capacity,
+		Version: registry.OfferVersion, Endpoint: f.Endpoint, Image: record.Hex(image[:]), Models: models, Payout: f.Payout, Capacity: f.Capacity,
+	}
+	for i := range models {
+		models[i].PromptPrice, models[i].CompletionPrice = *f.PromptPrice, *f.CompletionPrice
 	}
 	if o.Payout == "" {
+		p, err := wallet.publisher(ton, "", nil)
+		if err != nil {
+			return fail(err)
+		}
+		p.Reader.Client.Close()
 		o.Payout = p.Wallet.Address.String()
 	}
+	var publishers []lite.Address
+	for _, text := range f.Registry {
+		a, err := lite.ParseAddress(text)
+		if err != nil {
+			return fail(fmt.Errorf("--registry: %w", err))
+		}
+		publishers = append(publishers, a)
+	}
+	policy := registry.Policy{Auditors: f.Auditor, Signatures: f.Signatures}
+	return registry.PutOffer(o, time.Now().Add(f.Expires).Truncate(time.Second), publishers, policy, also...), nil
+}
+
+// ListingPutCmd offers.
+type ListingPutCmd struct {
+	tonFlags
+	walletFlags
+	Image registry.Key `required:"" placeholder:"KEY" help:"The key of the image's record."`
+	Model []string     `required:"" placeholder:"NAME@REVISION:ROOTHASH" sep:"none" help:"A model that it serves; repeat it for more."`
+	offerFlags
+}
+
+// Validate is kong's hook.
+func (c *ListingPutCmd) Validate() error { return c.complete() }
+
+// Run puts the offer, unless no publisher has what is offered.
+func (c *ListingPutCmd) Run(ctx context.Context) error {
+	var models []registry.OfferedModel
 	for _, text := range c.Model {
 		id, root, _ := strings.Cut(text, ":")
 		hash, err := hex.DecodeString(root)
 		if err != nil || len(hash) != 32 {
 			return fmt.Errorf("--model: %q is not NAME@REVISION:ROOTHASH", text)
 		}
-		o.Models = append(o.Models, registry.OfferedModel{
-			ID: id, RootHash: hash, PromptPrice: c.PromptPrice, CompletionPrice: c.CompletionPrice,
-		})
+		models = append(models, registry.OfferedModel{ID: id, RootHash: hash})
 	}
-	var publishers []lite.Address
-	for _, text := range c.Registry {
-		a, err := lite.ParseAddress(text)
-		if err != nil {
-			return err
-		}
-		publishers = append(publishers, a)
+	put, err := c.put(&c.tonFlags, &c.walletFlags, c.Image, models)
+	if err != nil {
+		return err
 	}
-	policy := registry.Policy{Auditors: c.Auditor, Signatures: c.Signatures}
-	expiry := time.Now().Add(c.Expires).Truncate(time.Second)
-	return c.write(ctx, &c.tonFlags, "", registry.PutOffer(o, expiry, publishers, policy))
+	return c.write(ctx, &c.tonFlags, "", put)
 }
 
 // ListingRemoveCmd removes.

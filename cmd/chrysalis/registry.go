@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto/ed25519"
 	"crypto/sha256"
@@ -184,11 +185,7 @@ func (c *RegistryCosignCmd) Run(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("%s: %w", c.File, err)
 	}
-	path := c.AuditorKey
-	if path == "" {
-		path = c.KeyFile
-	}
-	auditor, err := registry.LoadKey(path)
+	auditor, err := registry.LoadKey(cmp.Or(c.AuditorKey, c.KeyFile))
 	if err != nil {
 		return err
 	}

@@ -51,6 +51,51 @@ func runCommand(t *testing.T, args ...string) (string, error) {
 	return <-out, err
 }
 
+// serveDevnet runs a chain that commands find in the state folder.
+func serveDevnet(t *testing.T, state string) (*devnet.Chain, *devnet.Server) {
+	t.Helper()
+	t.Setenv("XDG_STATE_HOME", state)
+	t.Setenv("CHRYSALIS_TON_NETWORK", "devnet")
+	chain, err := devnet.Open(devnet.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { chain.Close() })
+	server, err := chain.Serve("127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { server.Close() })
+	dir := filepath.Join(state, "chrysalis", "devnet")
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, globalConfigName), chain.GlobalConfig(server), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	return chain, server
+}
+
+// fundedKey makes the key of a wallet with money, and tells the wallet's registry.
+func fundedKey(t *testing.T, chain *devnet.Chain, path string) string {
+	t.Helper()
+	if _, err := runCommand(t, "registry", "new-key", path); err != nil {
+		t.Fatal(err)
+	}
+	private, err := registry.LoadKey(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	wallet, err := registry.NewWallet(private, "v5r1", chain.GlobalID())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := chain.Fund(wallet.Address.Std(), tonAmount(10)); err != nil {
+		t.Fatal(err)
+	}
+	return registry.AddressOfWallet(wallet).String()
+}
+
 // TestRegistryCommands is docs/ton.md, on a devnet.
 func TestRegistryCommands(t *testing.T) {
 	dir := t.TempDir()
@@ -59,23 +104,7 @@ func TestRegistryCommands(t *testing.T) {
 	if _, err := runCommand(t, "registry", "list", "EQABAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAJYa"); err == nil || !strings.Contains(err.Error(), "chrysalis devnet") {
 		t.Errorf("no devnet: %v", err)
 	}
-	chain, err := devnet.Open(devnet.Options{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer chain.Close()
-	server, err := chain.Serve("127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer server.Close()
-	devnetDir := filepath.Join(dir, "chrysalis", "devnet")
-	if err := os.MkdirAll(devnetDir, 0o700); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.WriteFile(filepath.Join(devnetDir, globalConfigName), chain.GlobalConfig(server), 0o644); err != nil {
-		t.Fatal(err)
-	}
+	chain, server := serveDevnet(t, dir)
 	key, auditor := filepath.Join(dir, "publisher.key"), filepath.Join(dir, "auditor.key")
 	t.Setenv("CHRYSALIS_TON_KEY", key)
 	must := func(want string, args ...string) string {
@@ -173,6 +202,20 @@ func TestTONFlags(t *testing.T) {
 	} {
 		if _, err := f.network(); err == nil {
 			t.Errorf("%s: no error", name)
+		}
+	}
+}
+
+// TestTONDocument has docs/ton.md name the blocks that the program trusts.
+func TestTONDocument(t *testing.T) {
+	text, err := os.ReadFile("../../docs/ton.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"mainnet", "testnet"} {
+		known, _ := lite.Known(name)
+		if !bytes.Contains(text, []byte(name+"  "+known.KeyBlock.String()+"\n")) {
+			t.Errorf("it does not name %s of the %s", known.KeyBlock, name)
 		}
 	}
 }

@@ -114,6 +114,16 @@ type walletFlags struct {
 	JSON    bool   `name:"json" help:"Print one JSON document a line."`
 }
 
+// payerFlags are walletFlags of commands that can do without a wallet.
+type payerFlags struct {
+	KeyFile string `env:"CHRYSALIS_TON_KEY" placeholder:"FILE" help:"The key of the wallet that pays, as 'chrysalis registry' takes it."`
+	Wallet  string `enum:"v4r2,v5r1" default:"v5r1" help:"The wallet's version, v4r2 or v5r1 (default: ${default})."`
+}
+
+func (f payerFlags) wallet(asJSON bool) *walletFlags {
+	return &walletFlags{KeyFile: f.KeyFile, Wallet: f.Wallet, JSON: asJSON}
+}
+
 // publisher is the wallet's, of this registry, or with "" of its own.
 func (f *walletFlags) publisher(ton *tonFlags, address string, show *steps) (*registry.Publisher, error) {
 	key, err := registry.LoadKey(f.KeyFile)

@@ -20,6 +20,7 @@ import (
 	"chrysalis/image/toolsroot"
 	"chrysalis/launcher"
 	"chrysalis/launcher/gpu"
+	"chrysalis/measure/record"
 )
 
 // UpCmd starts a VM.
@@ -42,6 +43,9 @@ type UpCmd struct {
 	Drain     time.Duration    `default:"1m" help:"How long requests of a replaced VM may take to finish (default: ${default})."`
 	Tools     string           `hidden:"" env:"CHRYSALIS_TOOLS" placeholder:"DIR" help:"The tools root."`
 	JSON      bool             `name:"json" help:"Print one JSON document a line: the steps, then the result."`
+
+	List  bool    `help:"Offer the VM to everyone on TON once it is ready; refused before anything is booted when no publisher has the records of what would be."`
+	Offer upOffer `embed:"" group:"With --list, as 'chrysalis listing put' takes them:"`
 }
 
 // TokenFlags say which clients a VM lets in.
@@ -95,13 +99,50 @@ func (c *UpCmd) Run(ctx context.Context) error {
 	if err := c.pickGPUs(); err != nil {
 		return err
 	}
+	predict := func() (*record.File, error) { return c.predict(ctx, models, tools) }
+	return c.run(ctx, predict, func() (*launcher.Instance, error) {
+		return c.boot(ctx, launcher.Options{
+			Name: c.Name, Image: c.Image, Firmware: c.Firmware, Engine: c.Engine, Models: models,
+			Manifest: c.Manifest, Parameters: c.Parameter, Tokens: tokens, Shape: c.Shape, GPUs: c.GPU,
+			Accel: launcher.Accel(c.Accel), Listen: c.Listen, Replace: c.Replace,
+			Timeout: c.Timeout, Drain: c.Drain, Tools: tools,
+		})
+	})
+}
+
+// run boots a VM and, if it is to be listed, asks before whether it can be.
+func (c *UpCmd) run(ctx context.Context, predict func() (*record.File, error), boot func() (*launcher.Instance, error)) error {
+	if !c.List {
+		_, err := boot()
+		return err
+	}
+	file, err := predict()
+	if err != nil {
+		return fmt.Errorf("predict what would be listed: %w", err)
+	}
+	put, err := c.Offer.prepare(ctx, file)
+	if err != nil {
+		return fmt.Errorf("nothing was booted, since it could not be listed: %w", err)
+	}
+	instance, err := boot()
+	if err != nil {
+		return err
+	}
+	if (instance.Platform == launcher.PlatformTDX) != (file.Image.Platform == record.TDX) {
+		err = fmt.Errorf("it runs on %s, and the records are of %s", instance.Platform, file.Image.Platform)
+	} else {
+		err = c.Offer.wallet(c.JSON).write(ctx, &c.Offer.TON, "", put)
+	}
+	if err != nil {
+		return fmt.Errorf("the VM %q runs, and is not known to be listed: %w", c.Name, err)
+	}
+	return nil
+}
+
+// boot starts the VM and shows how that goes.
+func (c *UpCmd) boot(ctx context.Context, o launcher.Options) (*launcher.Instance, error) {
 	show := newProgress(os.Stderr, os.Stdout, c.JSON)
-	instance, err := launcher.Up(ctx, launcher.Options{
-		Name: c.Name, Image: c.Image, Firmware: c.Firmware, Engine: c.Engine, Models: models,
-		Manifest: c.Manifest, Parameters: c.Parameter, Tokens: tokens, Shape: c.Shape, GPUs: c.GPU,
-		Accel: launcher.Accel(c.Accel), Listen: c.Listen, Replace: c.Replace,
-		Timeout: c.Timeout, Drain: c.Drain, Tools: tools,
-	}, show.event)
+	instance, err := launcher.Up(ctx, o, show.event)
 	show.done()
 	if err != nil {
 		if c.JSON && instance == nil {
@@ -112,12 +153,12 @@ func (c *UpCmd) Run(ctx context.Context) error {
 			}
 			json.NewEncoder(os.Stdout).Encode(result)
 		}
-		return err
+		return instance, err
 	}
 	if !c.JSON {
 		fmt.Println(instance.Endpoint)
 	}
-	return nil
+	return instance, nil
 }
 
 // openToolsRoot opens the tools root at dir, or the one that belongs to this
