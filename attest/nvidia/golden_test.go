@@ -144,7 +144,7 @@ func TestGoldenReportFlipped(t *testing.T) {
 	seen := map[Check]int{}
 	step := 1
 	if testing.Short() {
-		step = 53
+		step = 29 // the nonce has 32 bytes
 	}
 	for i := 0; i < len(report); i += step {
 		g.Report = append([]byte{}, report...)
