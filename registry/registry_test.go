@@ -32,9 +32,15 @@ type testNet struct {
 	network lite.Network
 	reader  Reader
 	ahead   atomic.Int64 // how far the chain's and the client's clocks are ahead, nanoseconds
+	stopped atomic.Int64 // when both clocks stand still, Unix nanoseconds; 0 when they run
 }
 
-func (n *testNet) now() time.Time { return time.Now().Add(time.Duration(n.ahead.Load())) }
+func (n *testNet) now() time.Time {
+	if at := n.stopped.Load(); at != 0 {
+		return time.Unix(0, at)
+	}
+	return time.Now().Add(time.Duration(n.ahead.Load()))
+}
 
 func newNet(t testing.TB, servers int) *testNet {
 	t.Helper()
@@ -344,6 +350,8 @@ func TestTwice(t *testing.T) {
 	p := n.publisher(1, "v5r1")
 	n.fund(p)
 	n.do(p, Init())
+	// Rent for another second would be another nanoton.
+	n.stopped.Store(n.now().UnixNano())
 	plan, err := p.Plan(t.Context(), Publish(publication("one", "")))
 	if err != nil || plan.Cost == 0 || plan.Cost > 20_000_000 {
 		t.Fatalf("%+v, %v", plan, err)
