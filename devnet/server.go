@@ -374,23 +374,29 @@ func (c *Chain) configuration(id *ton.BlockIDExt, mode int, params []int32) (tl.
 	return ton.ConfigAll{Mode: mode, ID: b.id, StateProof: proof[0].ToBOC(), ConfigProof: proof[1].ToBOC()}, nil
 }
 
-func (c *Chain) accountState(q ton.GetAccountState, lie *lies) (tl.Serializable, error) {
-	b, err := c.block(q.ID)
-	if err != nil {
-		return nil, err
+// prove returns an account of the basechain at a block of the masterchain, with the
+// proofs from there to the shard's block, and from that to the account.
+func (c *Chain) prove(at *ton.BlockIDExt, id ton.AccountID, lie *lies) (b *block, links, proof []*cell.Cell, account *cell.Cell, err error) {
+	if b, err = c.block(at); err != nil {
+		return
 	}
-	if b.id.Workchain != masterchain || q.Account.Workchain != 0 || b.shard.state == nil {
-		return nil, failure(-400, "only accounts of the basechain at a recent block of the masterchain")
+	if b.id.Workchain != masterchain || id.Workchain != 0 || b.shard.state == nil {
+		err = failure(-400, "only accounts of the basechain at a recent block of the masterchain")
+		return
 	}
-	links, err := shardProof(b)
-	if err != nil {
-		return nil, err
+	if links, err = shardProof(b); err != nil {
+		return
 	}
-	id := q.Account.ID
+	address := id.ID
 	if lie.absent {
-		id = make([]byte, 32)
+		address = make([]byte, 32)
 	}
-	proof, account, err := accountProof(b.shard, id)
+	proof, account, err = accountProof(b.shard, address)
+	return
+}
+
+func (c *Chain) accountState(q ton.GetAccountState, lie *lies) (tl.Serializable, error) {
+	b, links, proof, account, err := c.prove(q.ID, q.Account, lie)
 	if err != nil {
 		return nil, err
 	}
@@ -398,22 +404,7 @@ func (c *Chain) accountState(q ton.GetAccountState, lie *lies) (tl.Serializable,
 }
 
 func (c *Chain) runMethod(q ton.RunSmcMethod, lie *lies) (tl.Serializable, error) {
-	b, err := c.block(q.ID)
-	if err != nil {
-		return nil, err
-	}
-	if b.id.Workchain != masterchain || q.Account.Workchain != 0 || b.shard.state == nil {
-		return nil, failure(-400, "only accounts of the basechain at a recent block of the masterchain")
-	}
-	links, err := shardProof(b)
-	if err != nil {
-		return nil, err
-	}
-	id := q.Account.ID
-	if lie.absent {
-		id = make([]byte, 32)
-	}
-	proof, account, err := accountProof(b.shard, id)
+	b, links, proof, account, err := c.prove(q.ID, q.Account, lie)
 	if err != nil {
 		return nil, err
 	}

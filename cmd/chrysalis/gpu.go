@@ -143,7 +143,7 @@ type GPUCollateralCmd struct {
 
 // Run fetches, verifies and writes.
 func (c *GPUCollateralCmd) Run(ctx context.Context) error {
-	data, err := readBounded(c.Evidence, nvidia.MaxEvidenceSize)
+	data, err := readFile(c.Evidence, nvidia.MaxEvidenceSize)
 	if err != nil {
 		return err
 	}
@@ -152,7 +152,7 @@ func (c *GPUCollateralCmd) Run(ctx context.Context) error {
 		return fmt.Errorf("%s: %w", c.Evidence, err)
 	}
 	var have *nvidia.Collateral
-	if data, err := readBounded(c.Out, nvidia.MaxCollateralSize); err == nil {
+	if data, err := readFile(c.Out, nvidia.MaxCollateralSize); err == nil {
 		if have, err = nvidia.ParseCollateral(data); err != nil {
 			return fmt.Errorf("%s: %w; give another file", c.Out, err)
 		}
@@ -172,18 +172,4 @@ func (c *GPUCollateralCmd) Run(ctx context.Context) error {
 		return err
 	}
 	return os.Rename(c.Out+".new", c.Out)
-}
-
-// readBounded reads a file of at most limit bytes.
-func readBounded(path string, limit int64) ([]byte, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	data, err := io.ReadAll(io.LimitReader(f, limit+1))
-	if err == nil && int64(len(data)) > limit {
-		err = fmt.Errorf("%s has more than %d bytes", path, limit)
-	}
-	return data, err
 }

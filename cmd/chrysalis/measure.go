@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"path/filepath"
 	"text/tabwriter"
 
 	"chrysalis"
@@ -261,21 +260,4 @@ func printRegisters(out io.Writer, list []measure.Register, events, asJSON bool)
 		}
 	}
 	return w.Flush()
-}
-
-// readMeasured reads a file that a VM or its host may have written.
-func readMeasured(path string, limit int64) ([]byte, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	data, err := io.ReadAll(io.LimitReader(f, limit+1))
-	if err == nil && int64(len(data)) > limit {
-		err = fmt.Errorf("more than %d bytes", limit)
-	}
-	if err != nil {
-		return nil, fmt.Errorf("%s: %w", filepath.Clean(path), err)
-	}
-	return data, nil
 }

@@ -36,7 +36,7 @@ func (*MeasureExplainCmd) Help() string {
 // Run says what differs.
 func (c *MeasureExplainCmd) Run(ctx context.Context) error {
 	bad := func(err error) error { return &exitError{exitBadInput, err} }
-	data, err := readMeasured(c.Record, record.MaxFile)
+	data, err := readFile(c.Record, record.MaxFile)
 	if err != nil {
 		return bad(err)
 	}
@@ -75,7 +75,7 @@ func (c *MeasureExplainCmd) Run(ctx context.Context) error {
 
 // observed reads log and quote, each of which may be an evidence document.
 func (c *MeasureExplainCmd) observed(f *record.File) (o measure.Observed, err error) {
-	data, err := readMeasured(c.Log, max(measure.MaxLog, evidence.MaxSize))
+	data, err := readFile(c.Log, max(measure.MaxLog, evidence.MaxSize))
 	if err != nil {
 		return o, err
 	}
@@ -104,13 +104,13 @@ func (c *MeasureExplainCmd) observed(f *record.File) (o measure.Observed, err er
 		return o, err
 	}
 	if c.Quote != "" {
-		if quote, err = readMeasured(c.Quote, evidence.MaxSize); err != nil {
+		if quote, err = readFile(c.Quote, evidence.MaxSize); err != nil {
 			return o, err
 		}
 		name = c.Quote
 	}
 	if c.Manifest != "" {
-		if o.Want, err = readMeasured(c.Manifest, manifest.MaxSize); err != nil {
+		if o.Want, err = readFile(c.Manifest, manifest.MaxSize); err != nil {
 			return o, err
 		}
 	}

@@ -93,6 +93,7 @@ func (t *trust) transport() *attest.Transport {
 	return &attest.Transport{Policy: t.policy, Records: t.records, Collateral: t.collateral}
 }
 
+// readFile reads a file of at most limit bytes.
 func readFile(path string, limit int64) ([]byte, error) {
 	f, err := os.Open(path)
 	if err != nil {

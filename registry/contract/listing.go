@@ -5,12 +5,10 @@ import (
 	_ "embed"
 	"errors"
 	"fmt"
-	"math/big"
 
 	"github.com/xssnick/tonutils-go/address"
 	"github.com/xssnick/tonutils-go/tlb"
 	"github.com/xssnick/tonutils-go/tvm/cell"
-	"github.com/xssnick/tonutils-go/tvm/tuple"
 )
 
 //go:embed listing.boc
@@ -128,48 +126,18 @@ func readOffer(r *reader, account [32]byte) (Offer, error) {
 // one, or with nil the first ones. An offer whose bytes are not those of its hash has
 // none.
 func (m Methods) Offers(after *[32]byte, limit int) ([]Offer, error) {
-	from := big.NewInt(-1)
-	if after != nil {
-		from = number(*after)
-	}
-	values, err := m.call("offers", from, big.NewInt(int64(min(limit, MaxPage))))
-	if err != nil {
-		return nil, err
-	}
-	if len(values) != 1 {
-		return nil, errors.New("offers: the method returned no list")
-	}
-	list, ok := values[0].(tuple.Tuple)
-	if !ok {
-		return nil, errors.New("offers: the method returned no list")
-	}
 	var offers []Offer
-	for i := range list.Len() {
-		item, err := list.RawIndex(i)
-		if err != nil {
-			return nil, err
-		}
-		t, ok := item.(tuple.Tuple)
-		if !ok {
-			return nil, errors.New("offers: the method returned no list of offers")
-		}
-		var r reader
-		for j := range t.Len() {
-			v, err := t.RawIndex(j)
-			if err != nil {
-				return nil, err
-			}
-			r.values = append(r.values, v)
-		}
+	err := m.page("offers", after, limit, func(r *reader) error {
 		account := r.hash()
-		o, err := readOffer(&r, account)
-		if errors.Is(err, errSnake) {
-			err = nil // somebody put what is no snake
-		}
-		if err != nil {
-			return nil, err
+		o, err := readOffer(r, account)
+		if err != nil && !errors.Is(err, errSnake) { // somebody put what is no snake
+			return err
 		}
 		offers = append(offers, o)
+		return nil
+	})
+	if err != nil {
+		return nil, err
 	}
 	return offers, nil
 }

@@ -228,48 +228,60 @@ func (m Methods) Record(key [32]byte) (Entry, []byte, error) {
 // Records returns at most limit entries in the order of their keys: the first
 // ones, or with after those that follow it.
 func (m Methods) Records(after *[32]byte, limit int) ([]Entry, error) {
+	var entries []Entry
+	err := m.page("records", after, limit, func(r *reader) error {
+		key := r.hash()
+		e := r.entry()
+		e.Key = key
+		entries = append(entries, e)
+		return r.end("records")
+	})
+	if err != nil {
+		return nil, err
+	}
+	return entries, nil
+}
+
+// page calls a method that lists what a contract holds, in the order of its keys,
+// after one or from the first, and reads each item with each.
+func (m Methods) page(method string, after *[32]byte, limit int, each func(*reader) error) error {
 	from := big.NewInt(-1)
 	if after != nil {
 		from = number(*after)
 	}
-	values, err := m.call("records", from, big.NewInt(int64(min(limit, MaxPage))))
+	values, err := m.call(method, from, big.NewInt(int64(min(limit, MaxPage))))
 	if err != nil {
-		return nil, err
+		return err
 	}
 	if len(values) != 1 {
-		return nil, errors.New("records: the method returned no list")
+		return fmt.Errorf("%s: the method returned no list", method)
 	}
 	list, ok := values[0].(tuple.Tuple)
 	if !ok {
-		return nil, errors.New("records: the method returned no list")
+		return fmt.Errorf("%s: the method returned no list", method)
 	}
-	var entries []Entry
 	for i := range list.Len() {
 		item, err := list.RawIndex(i)
 		if err != nil {
-			return nil, err
+			return err
 		}
 		t, ok := item.(tuple.Tuple)
 		if !ok {
-			return nil, errors.New("records: the method returned no list of records")
+			return fmt.Errorf("%s: the method returned no list of %[1]s", method)
 		}
 		var r reader
 		for j := range t.Len() {
 			v, err := t.RawIndex(j)
 			if err != nil {
-				return nil, err
+				return err
 			}
 			r.values = append(r.values, v)
 		}
-		key := r.hash()
-		e := r.entry()
-		e.Key = key
-		if err := r.end("records"); err != nil {
-			return nil, err
+		if err := each(&r); err != nil {
+			return err
 		}
-		entries = append(entries, e)
 	}
-	return entries, nil
+	return nil
 }
 
 // Signature is an auditor's, over SignedHash. The contract verified it when it
