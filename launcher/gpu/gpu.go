@@ -243,8 +243,10 @@ func (h *Host) mode(g GPU) (Mode, string) {
 	}
 	value, err := mapRegister(h.device(g.Address, "resource0"), hopperModeRegister)
 	switch {
-	case errors.Is(err, fs.ErrPermission):
+	case errors.Is(err, fs.ErrPermission) && os.Geteuid() != 0:
 		return ModeUnknown, "only root can read it"
+	case errors.Is(err, fs.ErrPermission):
+		return ModeUnknown, "the kernel lets not even root map its registers: it is locked down, or root here lacks CAP_SYS_RAWIO"
 	case err != nil:
 		return ModeUnknown, fmt.Sprintf("its register cannot be read: %v", err)
 	case value == notAnswering:
