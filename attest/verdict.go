@@ -19,6 +19,19 @@ const (
 	NotRun    Status = "not-run"   // a check before it makes it meaningless
 )
 
+// Mark is one character for people.
+func (s Status) Mark() string {
+	switch s {
+	case Passed:
+		return "✔"
+	case Failed:
+		return "✘"
+	case Unchecked:
+		return "?"
+	}
+	return "·"
+}
+
 // Name is the name of a check. Names are stable.
 type Name string
 

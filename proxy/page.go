@@ -13,11 +13,7 @@ import (
 //go:embed page.html
 var pageText string
 
-var pageTemplate = template.Must(template.New("page").Funcs(template.FuncMap{
-	"mark": func(s attest.Status) string {
-		return map[attest.Status]string{attest.Passed: "✔", attest.Failed: "✘", attest.Unchecked: "?", attest.NotRun: "·"}[s]
-	},
-}).Parse(pageText))
+var pageTemplate = template.Must(template.New("page").Parse(pageText))
 
 // row is a worker on the page.
 type row struct {

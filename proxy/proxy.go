@@ -115,6 +115,18 @@ func (p *Proxy) Trust(records []*record.File) {
 	}
 }
 
+// Session returns what was last verified of the worker with this endpoint, or nil.
+func (p *Proxy) Session(endpoint string) *attest.Session {
+	for _, w := range p.workers {
+		if w.endpoint == endpoint {
+			w.mu.Lock()
+			defer w.mu.Unlock()
+			return w.session
+		}
+	}
+	return nil
+}
+
 // ServeHTTP implements http.Handler.
 func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if p.options.Loopback {
@@ -159,6 +171,10 @@ func refuse(w http.ResponseWriter, status int, kind, message string) {
 // forwarded are the only header fields of a request that reach a worker.
 var forwarded = []string{"Accept", "Authorization", "Content-Type", receipt.SaltHeader, receipt.TimeHeader}
 
+// WorkerHeader is the header field of an answer that names the endpoint of the
+// worker that gave it.
+const WorkerHeader = "Chrysalis-Worker"
+
 // hop are the header fields of an answer that are about the connection.
 var hop = []string{"Connection", "Keep-Alive", "Proxy-Authenticate", "Proxy-Connection", "Te", "Trailer", "Transfer-Encoding", "Upgrade"}
 
@@ -188,6 +204,7 @@ func (p *Proxy) forward(w http.ResponseWriter, r *http.Request) {
 			answer.Body.Close()
 			done(answer.StatusCode)
 		} else if err == nil {
+			answer.Header.Set(WorkerHeader, worker.endpoint)
 			p.answer(w, answer, func() { done(answer.StatusCode) })
 			return
 		}

@@ -21,6 +21,7 @@ type cli struct {
 	Verify verifyCommands `cmd:"" help:"Check that a VM is a published one, before anything is sent."`
 	Chat   ChatCmd        `cmd:"" help:"Ask a verified VM a question."`
 	Proxy  ProxyCmd       `cmd:"" help:"Serve a local OpenAI-compatible API that forwards to verified VMs only."`
+	Bot    BotCmd         `cmd:"" help:"Answer Telegram chats through verified VMs."`
 
 	Doctor DoctorCmd   `cmd:"" help:"Tell what this machine lacks, and how to mend it."`
 	GPU    gpuCommands `cmd:"" name:"gpu" help:"Hand GPUs to VMs and back."`

@@ -18,12 +18,43 @@ import (
 	"chrysalis/terminal"
 )
 
+// workerFlags say which VMs a proxy forwards to, and whom it trusts.
+type workerFlags struct {
+	trustFlags
+	Worker []string `placeholder:"URL|NAME" sep:"none" help:"A VM to forward to: https://HOST:PORT, or the name of a VM on this machine; repeat it for more (default: default)."`
+}
+
+// open returns a proxy that is not running yet, and what it trusts.
+func (f *workerFlags) open(ctx context.Context, tokenFile string, loopback bool) (*proxy.Proxy, *trust, error) {
+	t, err := f.load(ctx)
+	if err != nil {
+		return nil, nil, err
+	}
+	options := proxy.Options{Policy: t.policy, Records: t.records, Collateral: t.collateral, Loopback: loopback}
+	options.Verified = (&verdictLog{w: os.Stderr, last: map[string]string{}}).note
+	if options.Token, err = readToken(tokenFile); err != nil {
+		return nil, nil, err
+	}
+	names := f.Worker
+	if len(names) == 0 {
+		names = []string{"default"}
+	}
+	for _, name := range names {
+		endpoint, err := findEndpoint(ctx, name)
+		if err != nil {
+			return nil, nil, err
+		}
+		options.Workers = append(options.Workers, endpoint)
+	}
+	p, err := proxy.New(options)
+	return p, t, err
+}
+
 // ProxyCmd serves a local API that forwards to verified VMs.
 type ProxyCmd struct {
-	trustFlags
-	Listen    string   `default:"127.0.0.1:8080" placeholder:"HOST:PORT" help:"Where to listen; port 0 picks a free one (default: ${default})."`
-	Worker    []string `placeholder:"URL|NAME" sep:"none" help:"A VM to forward to: https://HOST:PORT, or the name of a VM on this machine; repeat it for more (default: default)."`
-	TokenFile string   `placeholder:"FILE" help:"A file with the token that the workers ask for. Without one, what the client sends as its API key is passed on to them."`
+	workerFlags
+	TokenFile string `placeholder:"FILE" help:"A file with the token that the workers ask for. Without one, what the client sends as its API key is passed on to them."`
+	Listen    string `default:"127.0.0.1:8080" placeholder:"HOST:PORT" help:"Where to listen; port 0 picks a free one (default: ${default})."`
 }
 
 // Help is what 'chrysalis proxy --help' says below the usage.
@@ -40,40 +71,19 @@ func (c *ProxyCmd) Run(ctx context.Context) error {
 }
 
 func (c *ProxyCmd) run(ctx context.Context) error {
-	t, err := c.load(ctx)
-	if err != nil {
-		return err
-	}
-	options := proxy.Options{Policy: t.policy, Records: t.records, Collateral: t.collateral}
-	if options.Token, err = readToken(c.TokenFile); err != nil {
-		return err
-	}
-	names := c.Worker
-	if len(names) == 0 {
-		names = []string{"default"}
-	}
-	for _, name := range names {
-		endpoint, err := findEndpoint(ctx, name)
-		if err != nil {
-			return err
-		}
-		options.Workers = append(options.Workers, endpoint)
-	}
 	listener, err := new(net.ListenConfig).Listen(ctx, "tcp", c.Listen)
 	if err != nil {
 		return err
 	}
 	defer listener.Close()
-	if tcp, ok := listener.Addr().(*net.TCPAddr); ok {
-		options.Loopback = tcp.IP.IsLoopback()
-	}
-	if !options.Loopback {
-		fmt.Fprintf(os.Stderr, "note: %s can be reached from other machines, without TLS and without a password\n", listener.Addr())
-	}
-	options.Verified = (&verdictLog{w: os.Stderr, last: map[string]string{}}).note
-	p, err := proxy.New(options)
+	tcp, ok := listener.Addr().(*net.TCPAddr)
+	loopback := ok && tcp.IP.IsLoopback()
+	p, t, err := c.open(ctx, c.TokenFile, loopback)
 	if err != nil {
 		return err
+	}
+	if !loopback {
+		fmt.Fprintf(os.Stderr, "note: %s can be reached from other machines, without TLS and without a password\n", listener.Addr())
 	}
 	server := &http.Server{Handler: p, ReadHeaderTimeout: 30 * time.Second, ErrorLog: log.New(io.Discard, "", 0)}
 	failed := make(chan error, 1)

@@ -106,8 +106,6 @@ func verdictError(v *attest.Verdict) error {
 	return &exitError{exitNotChecked, nil}
 }
 
-var marks = map[attest.Status]string{attest.Passed: "✔", attest.Failed: "✘", attest.Unchecked: "?", attest.NotRun: "·"}
-
 // printVerdict prints a line a check, and a sentence.
 func printVerdict(w io.Writer, s *attest.Session) error {
 	var b strings.Builder
@@ -123,7 +121,7 @@ func printChecksOf(b *strings.Builder, v *attest.Verdict) {
 		if c.Subject != "" {
 			title += ": " + c.Subject
 		}
-		fmt.Fprintf(b, "%s %-13s %s", marks[c.Status], c.Name, title)
+		fmt.Fprintf(b, "%s %-13s %s", c.Status.Mark(), c.Name, title)
 		switch {
 		case c.Status == attest.NotRun:
 			b.WriteString(" (not run)")
