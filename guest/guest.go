@@ -64,7 +64,17 @@ const (
 	ReasonDiskMissing     Reason = "disk-missing"     // no disk has a root hash that the manifest names
 	ReasonDiskCorrupt     Reason = "disk-corrupt"     // a block does not match its root hash
 	ReasonDiskFormat      Reason = "disk-format"      // a verified disk does not hold what it should
-	ReasonGPU             Reason = "gpu-failed"       // the GPUs are not the ones that the manifest requires
+	ReasonGPUCount        Reason = "gpu-count"        // not as many GPUs as the manifest requires
+	ReasonGPUDriver       Reason = "gpu-driver"       // the engine disk's GPU driver is missing, malformed, or does not work
+	ReasonGPUHelper       Reason = "gpu-helper"       // the NVML helper died, hung, or said what it must not
+	ReasonGPUModel        Reason = "gpu-model"        // a GPU that the driver's list does not name
+	ReasonGPUMode         Reason = "gpu-mode"         // confidential computing is off, or in a mode that proves nothing
+	ReasonGPUDevTools     Reason = "gpu-devtools"     // confidential computing in its debugging mode
+	ReasonGPUReady        Reason = "gpu-ready"        // the GPUs took work before they were attested
+	ReasonGPUCollateral   Reason = "gpu-collateral"   // the reference manifest of a driver or VBIOS is missing, or collateral that does not verify
+	ReasonGPUAttestation  Reason = "gpu-attestation"  // a GPU's own proof was refused
+	ReasonGPULost         Reason = "gpu-lost"         // a GPU fell off the bus, or its memory failed
+	ReasonGPUChanged      Reason = "gpu-changed"      // a GPU is no longer the one that was measured
 	ReasonLockdown        Reason = "lockdown-failed"  // the kernel refused to be locked down
 	ReasonEngineProfile   Reason = "engine-profile"   // the engine's profile refuses the manifest's models, parameters or GPUs
 	ReasonEngineStart     Reason = "engine-start"     // the engine could not be started
@@ -106,7 +116,17 @@ var explanations = map[Reason]string{
 	ReasonDiskMissing:     "no attached disk has a root hash that the manifest names; attach the engine and model disks that it was made for",
 	ReasonDiskCorrupt:     "a disk's content does not match its root hash; fetch or pack it again",
 	ReasonDiskFormat:      "a disk is authentic but does not hold an engine or a model; pack it with this version's tools",
-	ReasonGPU:             "the GPUs are not the ones that the manifest requires",
+	ReasonGPUCount:        "the VM has not as many GPUs as its manifest requires; give as many with --gpu, in a shape that has them",
+	ReasonGPUDriver:       "the engine disk has no GPU driver that works in this image; use an engine disk packed with --gpu-driver, and the image chrysalis-gpu",
+	ReasonGPUHelper:       "the program that speaks with NVIDIA's library died, hung or talked nonsense; start the VM again, and pack the engine disk again if it stays so",
+	ReasonGPUModel:        "a GPU is of a model that the engine disk's driver list does not name; pass through another one, or use another engine disk",
+	ReasonGPUMode:         "confidential computing is off on a GPU, or in a mode that proves nothing; turn it on with 'chrysalis gpu prepare ADDRESS --cc on'",
+	ReasonGPUDevTools:     "a GPU is in devtools mode, in which its memory can be read; turn it off with 'chrysalis gpu prepare ADDRESS --cc on'",
+	ReasonGPUReady:        "the GPUs took work before the VM had attested them; use the engine disk as it was published",
+	ReasonGPUCollateral:   "NVIDIA's reference manifest for the driver or the VBIOS is missing, or what was given does not verify; fetch it with 'chrysalis gpu collateral' and give it with --gpu-collateral",
+	ReasonGPUAttestation:  "a GPU does not prove that it is an unaltered NVIDIA GPU with known firmware; update its VBIOS, or pass through another one",
+	ReasonGPULost:         "a GPU fell off the bus or reported an uncorrectable memory error; reset it, and replace it if that happens again",
+	ReasonGPUChanged:      "a GPU is no longer the one that the VM measured when it booted; start the VM again",
 	ReasonLockdown:        "the guest kernel refused to be locked down; the image is damaged",
 	ReasonEngineProfile:   "the manifest's models, parameters or GPUs are not ones that the engine's profile accepts",
 	ReasonEngineStart:     "the engine's program could not be started; the engine disk does not fit its profile",

@@ -63,14 +63,15 @@ func readManifest(path string) ([]byte, error) {
 	return data, nil
 }
 
-// writeManifestDisk writes the disk that carries a manifest into the VM.
-func writeManifestDisk(path string, encoded []byte) error {
+// writeManifestDisk writes the disk that carries a manifest into the VM, and GPU
+// collateral beside it unless that is nil.
+func writeManifestDisk(path string, encoded, collateral []byte) error {
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
 		return fmt.Errorf("write the manifest disk: %w", err)
 	}
 	defer f.Close()
-	size, err := gpt.WriteManifestDisk(f, encoded)
+	size, err := gpt.WriteManifestDisk(f, encoded, collateral)
 	if err == nil {
 		err = f.Truncate(size)
 	}

@@ -154,7 +154,7 @@ func Up(ctx context.Context, o Options, progress func(Event)) (*Instance, error)
 	defer lock.Close()
 	cfg.Run = r.id
 	cfg.Disks = append([]string{r.path("manifest.disk")}, cfg.Disks...)
-	if err := writeManifestDisk(r.path("manifest.disk"), encoded); err != nil {
+	if err := writeManifestDisk(r.path("manifest.disk"), encoded, nil); err != nil {
 		return nil, err
 	}
 	if err := writeJSON(r.path("config.json"), cfg); err != nil {

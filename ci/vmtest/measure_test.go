@@ -265,7 +265,7 @@ func (c change) run(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		size, err := gpt.WriteManifestDisk(encoded, p.Manifest)
+		size, err := gpt.WriteManifestDisk(encoded, p.Manifest, nil)
 		if err == nil {
 			err = encoded.Truncate(size)
 		}

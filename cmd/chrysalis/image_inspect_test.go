@@ -52,7 +52,7 @@ func manifestDisk(t *testing.T, data string) string {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	size, err := gpt.WriteManifestDisk(f, []byte(data))
+	size, err := gpt.WriteManifestDisk(f, []byte(data), nil)
 	if err == nil {
 		err = f.Truncate(size)
 	}

@@ -322,7 +322,7 @@ const manifestText = `{"engine":{"data_blocks":1,"root_hash":"%064x","salt":""},
 func manifestDisk(t *testing.T, concurrency int) []byte {
 	t.Helper()
 	var m memory
-	size, err := gpt.WriteManifestDisk(&m, fmt.Appendf(nil, manifestText, 1, concurrency, 2))
+	size, err := gpt.WriteManifestDisk(&m, fmt.Appendf(nil, manifestText, 1, concurrency, 2), nil)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -239,11 +239,11 @@ func TestManifestDisk(t *testing.T) {
 	for _, n := range []int{1, 100, Alignment - manifestHeader, Alignment - manifestHeader + 1, MaxManifest} {
 		manifest := bytes.Repeat([]byte{'{'}, n)
 		var m, again memory
-		size, err := WriteManifestDisk(&m, manifest)
+		size, err := WriteManifestDisk(&m, manifest, nil)
 		if err != nil || size != int64(len(m)) {
 			t.Fatalf("%d bytes: disk of %d, said %d: %v", n, len(m), size, err)
 		}
-		if _, err := WriteManifestDisk(&again, manifest); err != nil || !bytes.Equal(m, again) {
+		if _, err := WriteManifestDisk(&again, manifest, nil); err != nil || !bytes.Equal(m, again) {
 			t.Errorf("%d bytes: two disks differ (%v)", n, err)
 		}
 		got, err := ReadManifestDisk(bytes.NewReader(m), size)
@@ -252,7 +252,7 @@ func TestManifestDisk(t *testing.T) {
 		}
 	}
 	for _, n := range []int{0, MaxManifest + 1} {
-		if _, err := WriteManifestDisk(new(memory), make([]byte, n)); err == nil {
+		if _, err := WriteManifestDisk(new(memory), make([]byte, n), nil); err == nil {
 			t.Errorf("wrote a manifest of %d bytes", n)
 		}
 	}
@@ -310,7 +310,7 @@ func TestReadManifestDiskRefuses(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			var m memory
-			size, err := WriteManifestDisk(&m, bytes.Repeat([]byte{'x'}, 5000))
+			size, err := WriteManifestDisk(&m, bytes.Repeat([]byte{'x'}, 5000), nil)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -366,7 +366,7 @@ func FuzzRead(f *testing.F) {
 
 func FuzzReadManifestDisk(f *testing.F) {
 	var good memory
-	size, err := WriteManifestDisk(&good, bytes.Repeat([]byte{'x'}, 5000))
+	size, err := WriteManifestDisk(&good, bytes.Repeat([]byte{'x'}, 5000), nil)
 	if err != nil {
 		f.Fatal(err)
 	}
@@ -383,11 +383,55 @@ func FuzzReadManifestDisk(f *testing.F) {
 			return
 		}
 		var again memory
-		if _, err := WriteManifestDisk(&again, got); err != nil {
+		if _, err := WriteManifestDisk(&again, got, nil); err != nil {
 			t.Fatal(err)
 		}
 		if end := len(again) - backupSize; !bytes.Equal(again[manifestOffset:end], m[manifestOffset:end]) {
 			t.Error("accepted a partition that WriteManifestDisk would not write")
 		}
 	})
+}
+
+// Collateral has a partition of its own behind the manifest's, and changes nothing
+// of it.
+func TestCollateralDisk(t *testing.T) {
+	manifest := []byte("{}")
+	for _, n := range []int{1, Alignment - manifestHeader, MaxCollateral} {
+		collateral := bytes.Repeat([]byte{'c'}, n)
+		var m memory
+		size, err := WriteManifestDisk(&m, manifest, collateral)
+		if err != nil || size != int64(len(m)) {
+			t.Fatalf("%d bytes: disk of %d, said %d: %v", n, len(m), size, err)
+		}
+		if got, err := ReadCollateral(bytes.NewReader(m), size); err != nil || !bytes.Equal(got, collateral) {
+			t.Errorf("%d bytes: read %d, %v", n, len(got), err)
+		}
+		if got, err := ReadManifestDisk(bytes.NewReader(m), size); err != nil || !bytes.Equal(got, manifest) {
+			t.Errorf("%d bytes: the manifest: read %d, %v", n, len(got), err)
+		}
+	}
+	for _, n := range []int{0, MaxCollateral + 1} {
+		if _, err := WriteManifestDisk(new(memory), manifest, make([]byte, n)); err == nil {
+			t.Errorf("wrote collateral of %d bytes", n)
+		}
+	}
+	var without, with memory
+	size, err := WriteManifestDisk(&without, manifest, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := ReadCollateral(bytes.NewReader(without), size); !errors.Is(err, ErrInvalid) {
+		t.Errorf("read collateral from a disk without: %v", err)
+	}
+	if size, err = WriteManifestDisk(&with, manifest, []byte("collateral")); err != nil {
+		t.Fatal(err)
+	}
+	at := int(manifestOffset) + Alignment
+	for name, i := range map[string]int{"magic": at, "version": at + 8, "length": at + 15, "padding": at + manifestHeader + 10, "last byte": at + Alignment - 1} {
+		with[i] ^= 1
+		if _, err := ReadCollateral(bytes.NewReader(with), size); !errors.Is(err, ErrInvalid) {
+			t.Errorf("another %s: %v", name, err)
+		}
+		with[i] ^= 1
+	}
 }
