@@ -4,7 +4,8 @@
 //
 //   script     lines of KEY VALUE: count, driver, name, capable, cc, devtools,
 //              multigpu, ready, ecc, links, fabric; and error.FUNCTION RETURN,
-//              hang.FUNCTION 1, crash.FUNCTION 1, print.FUNCTION 1
+//              hang.FUNCTION 1, crash.FUNCTION 1, print.FUNCTION 1, all of them
+//              after.FUNCTION calls that went well
 //   gpuN.pem   the certificate chain of GPU N
 //   gpuN.key   its private key on P-384, 48 bytes, big endian
 //   gpuN.spdm  the SPDM response of its reports, without the signature
@@ -206,7 +207,16 @@ static unsigned number(const char *key, unsigned otherwise) {
 
 // misbehave does what the script says that a function does in place of its work.
 static nvmlReturn_t misbehave(const char *function) {
+    static struct { const char *function; unsigned calls; } seen[64];
     char key[128];
+    snprintf(key, sizeof key, "after.%s", function);
+    unsigned after = number(key, 0);
+    for (int i = 0; after && i < 64; i++) {
+        if (!seen[i].function) seen[i].function = function;
+        if (seen[i].function != function) continue;
+        if (seen[i].calls++ < after) return NVML_SUCCESS;
+        break;
+    }
     snprintf(key, sizeof key, "print.%s", function);
     if (number(key, 0)) { printf("%s says hello\n{\"id\":1,\"code\":\"ok\"}\n", function); fflush(stdout); }
     snprintf(key, sizeof key, "hang.%s", function);
