@@ -71,6 +71,9 @@ type Config struct {
 	// Evidence returns an attest/evidence document that lists the nonce. It may take
 	// as long as a quote does.
 	Evidence func(ctx context.Context, nonce [evidence.NonceSize]byte) ([]byte, error)
+	// GPUCollateral is what the VM's GPUs are judged by (package attest/nvidia),
+	// for clients that have none of their own. Nil without GPUs.
+	GPUCollateral []byte
 	// Ready reports whether the engine answers.
 	Ready func() bool
 	// FirstClient is called once, before a byte of the first client is read. May
@@ -88,6 +91,7 @@ type Config struct {
 type Server struct {
 	engine    *http.Transport
 	evidence  func(context.Context, [evidence.NonceSize]byte) ([]byte, error)
+	gpus      []byte // collateral
 	ready     func() bool
 	first     func()
 	counters  *Counters
@@ -119,6 +123,7 @@ type Server struct {
 func New(c Config) *Server {
 	s := &Server{
 		evidence: c.Evidence,
+		gpus:     c.GPUCollateral,
 		ready:    c.Ready,
 		first:    c.FirstClient,
 		counters: c.Counters,
@@ -274,6 +279,9 @@ func (s *Server) handle(x *exchange) error {
 	if err != nil {
 		return err
 	}
+	if rt.gpus && s.gpus == nil {
+		return errPath
+	}
 	if !rt.open && !s.admits(x.r) {
 		x.w.Header().Set("WWW-Authenticate", "Bearer")
 		return errToken
@@ -285,8 +293,13 @@ func (s *Server) handle(x *exchange) error {
 		if s.draining.Load() {
 			return errDraining
 		}
-		if rt.query {
+		switch {
+		case rt.query:
 			return x.evidence(query)
+		case rt.gpus:
+			// All clients share its bytes.
+			x.end = time.Now().Add(evidenceTotal)
+			return x.answer(http.StatusOK, s.gpus)
 		}
 		return x.answer(http.StatusOK, s.models)
 	}

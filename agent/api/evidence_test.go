@@ -127,3 +127,27 @@ func TestEvidenceTakesNoPlace(t *testing.T) {
 	close(release)
 	all.Wait()
 }
+
+// Collateral is for everybody, and there in a VM with GPUs only.
+func TestGPUCollateral(t *testing.T) {
+	b := start(t, nil, nil, nil)
+	resp, body := b.do(t, b.request(t, "GET", evidence.GPUCollateralPath, ""))
+	wantError(t, resp, body, 404, "unknown_path")
+
+	collateral := strings.Repeat("x", 4<<20)
+	b = start(t, nil, func(c *Config) {
+		c.GPUCollateral = []byte(collateral)
+		c.Tokens = []string{manifest.TokenHash("somebody's")}
+	}, nil)
+	b.ready.Store(false)
+	resp, body = b.do(t, b.request(t, "GET", evidence.GPUCollateralPath, ""))
+	if resp.StatusCode != 200 || body != collateral || resp.Header.Get("Content-Type") != "application/json" {
+		t.Errorf("%s, %d bytes", resp.Status, len(body))
+	}
+	resp, body = b.do(t, b.request(t, "GET", evidence.GPUCollateralPath+"?x", ""))
+	wantError(t, resp, body, 400, "query_not_allowed")
+	resp, body = b.do(t, b.request(t, "POST", evidence.GPUCollateralPath, "{}"))
+	wantError(t, resp, body, 405, "method_not_allowed")
+	resp, body = b.do(t, b.request(t, "GET", evidence.GPUCollateralPath, "{}"))
+	wantError(t, resp, body, 400, "body_not_allowed")
+}

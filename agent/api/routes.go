@@ -16,6 +16,7 @@ type route struct {
 	fields []field // of the request's body; nil if the agent answers by itself
 	query  bool    // it takes a query
 	open   bool    // it takes no token
+	gpus   bool    // it is there in a VM with GPUs only
 }
 
 // A field is a top-level field that a request may have. The engine's own ones
@@ -31,6 +32,7 @@ type field struct {
 
 var routes = []route{
 	{method: http.MethodGet, path: evidence.Path, query: true, open: true},
+	{method: http.MethodGet, path: evidence.GPUCollateralPath, gpus: true, open: true},
 	{method: http.MethodGet, path: "/v1/models"},
 	{method: http.MethodPost, path: "/v1/chat/completions", fields: append([]field{
 		{name: "messages", engine: "messages", check: listOf(1, 4096, message), required: true},
