@@ -60,23 +60,22 @@ func stopAutoBinding() error {
 }
 
 // checkDevices compares every PCI and virtio device with the tables, and what
-// is bound to it, as the sysfs at a path shows them. It returns the number of
-// GPUs.
-func checkDevices(sysfs string) (gpus int, err error) {
+// is bound to it, as the sysfs at a path shows them. GPUs may be bound to one
+// driver, or to none before it is loaded (""). It returns the number of GPUs.
+func checkDevices(sysfs, gpuDriver string) (gpus int, err error) {
 	devices, err := filepath.Glob(filepath.Join(sysfs, "bus/pci/devices/*"))
 	if err != nil {
 		return 0, err
 	}
 	for _, dir := range devices {
-		vendor, device, class := attribute(dir, "vendor"), attribute(dir, "device"), attribute(dir, "class")
-		i := slices.IndexFunc(pciDevices, func(d pciDevice) bool {
-			return d.vendor == vendor && (d.device == "" || d.device == device) && strings.HasPrefix(class, d.class)
-		})
+		i := knownDevice(dir)
 		if i < 0 {
-			return 0, fmt.Errorf("PCI device %s (%s:%s class %s) is not one that a VM may have", filepath.Base(dir), vendor, device, class)
+			return 0, fmt.Errorf("PCI device %s (%s:%s class %s) is not one that a VM may have", filepath.Base(dir),
+				attribute(dir, "vendor"), attribute(dir, "device"), attribute(dir, "class"))
 		}
 		known := pciDevices[i]
 		if known.gpu {
+			known.driver = gpuDriver
 			gpus++
 		}
 		if driver := boundDriver(dir); driver != "" && driver != known.driver {
@@ -97,6 +96,23 @@ func checkDevices(sysfs string) (gpus int, err error) {
 		}
 	}
 	return gpus, nil
+}
+
+// knownDevice returns a PCI device's place in the table, or -1.
+func knownDevice(dir string) int {
+	vendor, device, class := attribute(dir, "vendor"), attribute(dir, "device"), attribute(dir, "class")
+	return slices.IndexFunc(pciDevices, func(d pciDevice) bool {
+		return d.vendor == vendor && (d.device == "" || d.device == device) && strings.HasPrefix(class, d.class)
+	})
+}
+
+// gpuDevices lists the GPUs' folders in sysfs, by address.
+func gpuDevices(sysfs string) ([]string, error) {
+	devices, err := filepath.Glob(filepath.Join(sysfs, "bus/pci/devices/*"))
+	return slices.DeleteFunc(devices, func(dir string) bool {
+		i := knownDevice(dir)
+		return i < 0 || !pciDevices[i].gpu
+	}), err
 }
 
 // bindDevices binds each virtio device of some types to its driver.

@@ -90,7 +90,7 @@ func TestCheckDevices(t *testing.T) {
 					devices = append(devices, d)
 				}
 			}
-			gpus, err := checkDevices(fakeSysfs(t, devices))
+			gpus, err := checkDevices(fakeSysfs(t, devices), "")
 			if gpus != tt.gpus || (err == nil) != (tt.fails == "") {
 				t.Errorf("%d GPUs, error %v; expected %d and %q", gpus, err, tt.gpus, tt.fails)
 			}

@@ -20,6 +20,12 @@ import (
 	"chrysalis/verity/gpt"
 )
 
+// Disks are mounted below disksPath, the engine's at enginePoint.
+const (
+	disksPath   = "/run/disks"
+	enginePoint = disksPath + "/engine"
+)
+
 // readManifest takes the manifest from the one disk that carries one, and measures
 // it.
 func (a *agent) readManifest(context.Context) error {
@@ -29,7 +35,7 @@ func (a *agent) readManifest(context.Context) error {
 	}
 	var found []byte
 	for _, path := range disks {
-		data, err := readManifestDisk(path)
+		data, err := readDisk(path, gpt.ReadManifestDisk)
 		switch {
 		case err != nil:
 			log.printf("%s carries no manifest: %v", path, err)
@@ -57,7 +63,8 @@ func (a *agent) takeManifest(found []byte) (err error) {
 	return a.record(cel.ManifestEvent(found))
 }
 
-func readManifestDisk(path string) ([]byte, error) {
+// readDisk reads a document that has a partition to itself.
+func readDisk(path string, read func(io.ReaderAt, int64) ([]byte, error)) ([]byte, error) {
 	f, err := os.Open(path)
 	if err != nil {
 		return nil, err
@@ -67,7 +74,7 @@ func readManifestDisk(path string) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	return gpt.ReadManifestDisk(f, size)
+	return read(f, size)
 }
 
 // openDisks measures, activates and mounts the engine disk and the model disks,
@@ -168,7 +175,7 @@ func (a *agent) openDisk(name string, d manifest.Disk, event cel.Event) (string,
 		return "", err
 	}
 	a.devices = append(a.devices, device)
-	path := "/run/disks/" + name
+	path := filepath.Join(disksPath, name)
 	if err := os.MkdirAll(path, 0o755); err != nil {
 		return "", err
 	}

@@ -22,7 +22,7 @@ const (
 	enginePath = "/sys/fs/cgroup/engine"
 )
 
-// agentReserve is the memory, in bytes, that the engine can never have.
+// agentReserve is the memory, in bytes, that is the agent's.
 const agentReserve = 128 << 20
 
 // startEngine starts an engine for each model, each in a sandbox of its own in
@@ -32,7 +32,11 @@ func (a *agent) startEngine(ctx context.Context) error {
 	if err := checkSyscalls(a.profile.Seccomp); err != nil {
 		return because(guest.ReasonEngineProfile, err)
 	}
-	if err := makeCgroup(a.profile.Needs.MemoryMiB); err != nil {
+	reserve := uint64(agentReserve)
+	if a.gpuSet != nil {
+		reserve += helperMemory
+	}
+	if err := makeCgroup(a.profile.Needs.MemoryMiB, reserve); err != nil {
 		return fmt.Errorf("limit the engine: %w", err)
 	}
 	for i, m := range a.models {
@@ -72,7 +76,7 @@ func (a *agent) newEngine(i int, m model) (*supervisor, error) {
 	door := filepath.Join(doorPath, number)
 	box := sandbox{
 		Root: a.engine, Model: m.path, Name: m.card.Name, Door: door,
-		Argv: argv, Env: env, Seccomp: a.profile.Seccomp, Loopback: a.profile.Loopback,
+		Argv: argv, Env: env, Seccomp: a.profile.Seccomp, Loopback: a.profile.Loopback, Devices: a.gpuNodes,
 	}
 	return &supervisor{
 		start: func(output *os.File) (<-chan syscall.WaitStatus, error) {
@@ -134,20 +138,21 @@ func makeDoor(door string) error {
 
 // makeCgroup makes the cgroup that all engines are in. What they take beyond its
 // limits they take from themselves, and however many threads they have, they share
-// the processors with the agent as one.
-func makeCgroup(needMiB int) error {
+// the processors with the agent as one. reserve is the memory, in bytes, that they can
+// never have.
+func makeCgroup(needMiB int, reserve uint64) error {
 	var info unix.Sysinfo_t
 	if err := unix.Sysinfo(&info); err != nil {
 		return err
 	}
 	total := uint64(info.Totalram) * uint64(info.Unit)
-	if need := max(2*agentReserve, agentReserve+uint64(needMiB)<<20); total < need {
+	if need := max(2*reserve, reserve+uint64(needMiB)<<20); total < need {
 		return fmt.Errorf("the VM has %d MiB of memory, expected at least %d", total>>20, need>>20)
 	}
 	return writeCgroup([]setting{
 		{"/sys/fs/cgroup/cgroup.subtree_control", "+cpu +memory +pids"},
 		{enginePath, ""},
-		{enginePath + "/memory.max", strconv.FormatUint(total-agentReserve, 10)},
+		{enginePath + "/memory.max", strconv.FormatUint(total-reserve, 10)},
 		{enginePath + "/cgroup.subtree_control", "+memory +pids"},
 	})
 }

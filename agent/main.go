@@ -21,6 +21,10 @@ func main() {
 		fmt.Fprintln(os.Stderr, "chrysalis: the engine could not be started:", enterSandbox())
 		os.Exit(sandboxExit)
 	}
+	if len(os.Args) == 1 && os.Args[0] == helperArg {
+		fmt.Fprintln(os.Stderr, "chrysalis: the GPU helper could not be started:", enterHelper())
+		os.Exit(sandboxExit)
+	}
 	if os.Getpid() != 1 {
 		fmt.Fprintln(os.Stderr, "chrysalis agent: runs as PID 1 of a VM and nowhere else")
 		os.Exit(2)
@@ -89,6 +93,7 @@ func (a *agent) end(err error) {
 	log.printf("the VM ends: %s: %v", reason, err)
 	a.state.End(reason)
 	killEngine(enginePath)
+	killEngine(helperCgroup)
 	if a.status == nil {
 		a.lastWords()
 	}

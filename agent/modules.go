@@ -33,7 +33,7 @@ func loadModules(dir string, tdx bool) error {
 		}
 		path := filepath.Join(dir, e.Name())
 		if tdx || !tdxModules[m[1]] {
-			if err := loadModule(path); err != nil {
+			if err := loadModule(path, ""); err != nil {
 				return fmt.Errorf("load kernel module %s: %w", m[1], err)
 			}
 		}
@@ -44,11 +44,12 @@ func loadModules(dir string, tdx bool) error {
 	return nil
 }
 
-func loadModule(path string) error {
+// loadModule loads a module with parameters, NAME=VALUE separated by spaces.
+func loadModule(path, parameters string) error {
 	f, err := os.Open(path)
 	if err != nil {
 		return err
 	}
 	defer f.Close()
-	return unix.FinitModule(int(f.Fd()), "", 0)
+	return unix.FinitModule(int(f.Fd()), parameters, 0)
 }

@@ -47,12 +47,12 @@ func (m mount) do() error {
 // and somebody's policy does not look at that register.
 var initrdFile = regexp.MustCompile(`^/(` +
 	`init|image\.json|usr/lib/os-release` + // ours
-	`|modules/[0-9]{2}-[A-Za-z0-9_-]+\.ko` +
+	`|(gpu-)?modules/[0-9]{2}-[A-Za-z0-9_-]+\.ko` +
 	`|\.extra/os-release` + // systemd-stub copies the UKI's .osrel section here
 	`|dev/console` + // the kernel's own built-in initramfs
 	`)$`)
 
-var initrdFolder = regexp.MustCompile(`^/(|dev|proc|run|sys|root|modules|usr|usr/lib|\.extra)$`)
+var initrdFolder = regexp.MustCompile(`^/(|dev|proc|run|sys|root|(gpu-)?modules|usr|usr/lib|\.extra)$`)
 
 // checkInitrd refuses any file that the image was not built with. It runs
 // before anything is mounted over the initrd.

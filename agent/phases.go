@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"chrysalis/agent/api"
+	"chrysalis/agent/gpu"
 	"chrysalis/agent/platform"
 	"chrysalis/agent/port"
 	"chrysalis/agent/proof"
@@ -35,7 +36,7 @@ var phases = []phase{
 	{guest.PhasePlatform, guest.ReasonPlatform, (*agent).findPlatform},
 	{guest.PhaseManifest, guest.ReasonManifestMissing, (*agent).readManifest},
 	{guest.PhaseDisks, guest.ReasonDiskFormat, (*agent).openDisks},
-	{guest.PhaseGPU, guest.ReasonGPU, (*agent).checkGPUs},
+	{guest.PhaseGPU, guest.ReasonGPUDriver, (*agent).startGPUs},
 	{guest.PhaseLockdown, guest.ReasonLockdown, (*agent).lockDown},
 	{guest.PhaseEngine, guest.ReasonEngineStart, (*agent).startEngine},
 	{guest.PhaseIdentity, guest.ReasonIdentity, (*agent).makeIdentity},
@@ -58,24 +59,28 @@ type agent struct {
 	state    *port.State
 	counters api.Counters
 
-	image     imageInfo          // mounts
-	platform  platform.Platform  // platform
-	events    []cel.Event        // manifest, disks, lockdown: what has been measured
-	encoded   []byte             // manifest: as it was read
-	manifest  *manifest.Manifest // manifest
-	engine    string             // disks: mount point of the engine disk
-	models    []model            // disks
-	devices   []*verity.Device   // disks
-	profile   *profile.Profile   // disks
-	gpus      int                // devices: how many there are
-	children  []*supervisor      // engine: one for each model
-	engines   sync.Mutex         // engine: held while the state of all of them is told
-	engineLog port.Log           // engine: its output
-	status    *port.Status       // modules: the status port
-	identity  tls.Certificate    // identity
-	receipts  ed25519.PrivateKey // identity
-	prover    *proof.Prover      // identity
-	server    *api.Server        // serve
+	image         imageInfo          // mounts
+	platform      platform.Platform  // platform
+	events        []cel.Event        // manifest, disks, lockdown: what has been measured
+	encoded       []byte             // manifest: as it was read
+	manifest      *manifest.Manifest // manifest
+	engine        string             // disks: mount point of the engine disk
+	models        []model            // disks
+	devices       []*verity.Device   // disks
+	profile       *profile.Profile   // disks
+	gpus          int                // devices: how many there are
+	gpuNodes      []string           // gpu: device nodes in /dev
+	gpuFiles      []*os.File         // gpu: of the GPUs, kept open
+	gpuSet        *gpu.Set           // gpu
+	gpuCollateral []byte             // gpu: what they are judged by, for clients
+	children      []*supervisor      // engine: one for each model
+	engines       sync.Mutex         // engine: held while the state of all of them is told
+	engineLog     port.Log           // engine: its output
+	status        *port.Status       // modules: the status port
+	identity      tls.Certificate    // identity
+	receipts      ed25519.PrivateKey // identity
+	prover        *proof.Prover      // identity
+	server        *api.Server        // serve
 }
 
 func newAgent(start time.Time, kernel time.Duration) *agent {
@@ -137,7 +142,7 @@ func (a *agent) checkHardware(context.Context) (err error) {
 	if err := stopAutoBinding(); err != nil {
 		return err
 	}
-	a.gpus, err = checkDevices(sysfs)
+	a.gpus, err = checkDevices(sysfs, "")
 	return err
 }
 
@@ -161,17 +166,6 @@ func (a *agent) openStatus() error {
 	}
 	a.status = port.NewStatus(a.state, &a.engineLog)
 	a.background(guest.ReasonServe, func() error { return a.status.Serve(ln) })
-	return nil
-}
-
-// checkGPUs compares the GPUs that are there with the manifest.
-func (a *agent) checkGPUs(context.Context) error {
-	if a.gpus != a.manifest.GPUs {
-		return fmt.Errorf("the VM has %d GPUs, the manifest requires %d", a.gpus, a.manifest.GPUs)
-	}
-	if a.gpus > 0 {
-		return fmt.Errorf("engine disk %s carries no GPU driver", a.profile.Name)
-	}
 	return nil
 }
 
@@ -204,13 +198,13 @@ func (a *agent) makeIdentity(context.Context) (err error) {
 		ReceiptKey: evidence.Bytes(receiptKey),
 		Manifest:   a.encoded,
 		CEL:        log,
-	}, a.platform.Prove)
+	}, a.prove)
 	return nil
 }
 
 // serve opens the ports for clients and for the host's requests.
 func (a *agent) serve(context.Context) error {
-	gpus, err := checkDevices(sysfs)
+	gpus, err := checkDevices(sysfs, gpuDriver)
 	if err == nil && gpus != a.manifest.GPUs {
 		err = fmt.Errorf("the VM has %d GPUs, the manifest requires %d", gpus, a.manifest.GPUs)
 	}
@@ -223,17 +217,18 @@ func (a *agent) serve(context.Context) error {
 		return err
 	}
 	a.server = api.New(api.Config{
-		Models:      a.manifest.Models,
-		Limits:      a.manifest.Limits,
-		Tokens:      a.manifest.Tokens,
-		Certificate: a.identity,
-		ReceiptKey:  a.receipts,
-		Manifest:    manifest.SHA384(a.encoded),
-		Engine:      func(ctx context.Context, model int) (net.Conn, error) { return a.children[model].dial(ctx) },
-		Ready:       func() bool { return a.alive.Err() == nil && a.anyReady() },
-		Evidence:    a.prover.Evidence,
-		FirstClient: a.status.CloseLog,
-		Counters:    &a.counters,
+		Models:        a.manifest.Models,
+		Limits:        a.manifest.Limits,
+		Tokens:        a.manifest.Tokens,
+		Certificate:   a.identity,
+		ReceiptKey:    a.receipts,
+		Manifest:      manifest.SHA384(a.encoded),
+		Engine:        func(ctx context.Context, model int) (net.Conn, error) { return a.children[model].dial(ctx) },
+		Ready:         func() bool { return a.alive.Err() == nil && a.anyReady() },
+		Evidence:      a.prover.Evidence,
+		GPUCollateral: a.gpuCollateral,
+		FirstClient:   a.status.CloseLog,
+		Counters:      &a.counters,
 	})
 	a.background(guest.ReasonServe, func() error {
 		err := a.server.Serve(inference)

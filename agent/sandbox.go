@@ -27,6 +27,7 @@ type sandbox struct {
 	Argv    []string
 	Env     []string
 	Seccomp []string // beside engineSyscalls
+	Devices []string // in /dev, beside those that every engine has: the GPUs'
 	// Loopback gives its network namespace, which has no other interface, a working
 	// 127.0.0.1.
 	Loopback bool
@@ -165,7 +166,7 @@ func (s *sandbox) buildRoot() error {
 		return nil
 	}
 	var errs []error
-	for _, name := range []string{"null", "zero", "full", "random", "urandom"} {
+	for _, name := range append([]string{"null", "zero", "full", "random", "urandom"}, s.Devices...) {
 		errs = append(errs, bind("/dev/"+name, at("dev/"+name), false, 0))
 	}
 	errs = append(errs, bind(s.Door, at("run/engine"), true, safe))
@@ -178,13 +179,18 @@ func (s *sandbox) buildRoot() error {
 	if err := errors.Join(errs...); err != nil {
 		return fmt.Errorf("lay out the engine's root: %w", err)
 	}
+	return pivot(s.Root)
+}
+
+// pivot makes a mounted folder the root and leaves the agent's.
+func pivot(root string) error {
 	// pivot_root(".", ".") stacks the old root on the new one, from where it is
 	// taken off: pivot_root(2), "pivot_root(".", ".")".
-	if err := unix.Chdir(s.Root); err != nil {
-		return fmt.Errorf("enter the engine's root: %w", err)
+	if err := unix.Chdir(root); err != nil {
+		return fmt.Errorf("enter the new root: %w", err)
 	}
 	if err := unix.PivotRoot(".", "."); err != nil {
-		return fmt.Errorf("pivot to the engine's root: %w", err)
+		return fmt.Errorf("pivot to the new root: %w", err)
 	}
 	if err := unix.Unmount(".", unix.MNT_DETACH); err != nil {
 		return fmt.Errorf("leave the agent's root: %w", err)

@@ -60,11 +60,23 @@ func (b *Builder) prepare(ctx context.Context) (err error) {
 // imageFiles are what mkosi reads for the guest image, below the source tree.
 var imageFiles = []string{
 	"mkosi.conf", "mkosi.conf.d", "mkosi.profiles", "mkosi.skeleton",
-	"mkosi.postinst", "mkosi.finalize", "image/modules.list",
+	"mkosi.postinst", "mkosi.finalize", "image/modules.list", "image/gpu-modules.list",
 }
 
-// UKI builds the guest image. Profile is "" for the image that is published, or
-// the name of one under mkosi.profiles; each has a name and so measurements of
+// profiles says how images other than the first are built. What is not here has the
+// mkosi profile of its name and an agent that talks and has a build tag of its name.
+var profiles = map[string]struct {
+	mkosi []string // in the order in which they change each other
+	tags  string   // of the agent
+}{
+	// Published, too: an agent like the first one's, a command line of its own.
+	"gpu": {[]string{"gpu"}, ""},
+	// The same with a stand-in for a GPU.
+	"gputest": {[]string{"gpu", "debug", "gputest"}, "debug,gputest"},
+}
+
+// UKI builds the guest image. Profile is "" for the first image that is published,
+// or the name of one under mkosi.profiles; each has a name and so measurements of
 // its own. It returns the artefact's path.
 func (b *Builder) UKI(ctx context.Context, profile string) (string, error) {
 	if err := b.prepare(ctx); err != nil {
@@ -75,8 +87,14 @@ func (b *Builder) UKI(ctx context.Context, profile string) (string, error) {
 		if _, err := os.Stat(filepath.Join(b.Source, "mkosi.profiles", profile)); err != nil {
 			return "", fmt.Errorf("there is no profile %q under mkosi.profiles", profile)
 		}
-		// Every profile but the published one may talk.
-		name, args, tags = "chrysalis-"+profile, []string{"--profile=" + profile}, "debug,"+profile
+		p, ok := profiles[profile]
+		if !ok {
+			p.mkosi, p.tags = []string{profile}, "debug,"+profile
+		}
+		name, tags = "chrysalis-"+profile, p.tags
+		for _, each := range p.mkosi {
+			args = append(args, "--profile="+each)
+		}
 	}
 	stage, err := b.stage(ctx, "image", b.Source, imageFiles)
 	if err != nil {
