@@ -19,6 +19,7 @@ import (
 	"path"
 	"strings"
 
+	"chrysalis/image/driver"
 	"chrysalis/image/profile"
 	"chrysalis/verity"
 	"chrysalis/verity/disk"
@@ -30,7 +31,14 @@ type Options struct {
 	Replace bool   // take the place of what is at Out
 	// Profile is the engine's profile. Nil takes the one that the root has at
 	// profile.Path; otherwise it must have none.
-	Profile     []byte
+	Profile []byte
+	// GPUDriver is a folder with a GPU driver (package image/driver), "" for none. Its
+	// modules must be for the kernel of that release, and may depend on those of
+	// KernelModules, which the image loads before.
+	GPUDriver     string
+	Kernel        string
+	KernelModules []string
+
 	KeepPartial bool
 	Progress    func(step string, done, total int64)
 	Note        func(string)
@@ -43,6 +51,9 @@ type Info struct {
 	ProfileHash [32]byte // SHA-256 of the profile's bytes
 	Source      string   // the image's digest, or ""
 	Disk        verity.Description
+	Driver      *driver.Driver // of GPUs, or nil
+
+	closers []io.Closer
 }
 
 // mountPoints are what the sandbox mounts over: they are empty folders on a disk.
@@ -96,6 +107,18 @@ func pack(ctx context.Context, src string, o Options) (info Info, err error) {
 	}
 	if entries, err = info.addProfile(entries, o.Profile); err != nil {
 		return info, err
+	}
+	defer func() {
+		for _, c := range info.closers {
+			err = errors.Join(err, c.Close())
+		}
+	}()
+	if o.GPUDriver != "" {
+		if entries, err = info.addDriver(ctx, entries, o); err != nil {
+			return info, err
+		}
+	} else if info.Profile.Needs.GPUs.Min > 0 && o.Note != nil {
+		o.Note("the profile needs GPUs, and the disk carries no driver for them: give one with --gpu-driver")
 	}
 	salt := sha256.Sum256([]byte("chrysalis/engine-salt/v1\n" + info.Profile.Name))
 	info.Disk, err = disk.Pack(ctx, entries, o.Out, disk.Options{
@@ -225,7 +248,8 @@ type Fragment struct {
 	Name          string `json:"name"`
 	Status        string `json:"status"` // the profile's
 	ProfileSHA256 string `json:"profile_sha256"`
-	Source        string `json:"source,omitempty"` // the image's digest
+	Source        string `json:"source,omitempty"`     // the image's digest
+	GPUDriver     string `json:"gpu_driver,omitempty"` // its version
 	Disk          struct {
 		RootHash   string `json:"root_hash"`
 		Salt       string `json:"salt"`
@@ -239,6 +263,9 @@ type Fragment struct {
 // Fragment describes the disk for a program.
 func (i Info) Fragment() Fragment {
 	f := Fragment{Name: i.Profile.Name, Status: i.Profile.Status, ProfileSHA256: hex.EncodeToString(i.ProfileHash[:]), Source: i.Source}
+	if i.Driver != nil {
+		f.GPUDriver = i.Driver.Driver
+	}
 	f.Disk.RootHash, f.Disk.Salt, f.Disk.DataBlocks = i.Disk.RootHash.String(), hex.EncodeToString(i.Disk.Salt), i.Disk.DataBlocks
 	f.Disk.DataOffset, f.Disk.HashOffset, f.Disk.Size = i.Disk.DataOffset, i.Disk.HashOffset, i.Disk.Size
 	return f

@@ -3,6 +3,7 @@ package image
 import (
 	"bytes"
 	"context"
+	_ "embed"
 	"fmt"
 	"io/fs"
 	"net/url"
@@ -55,6 +56,21 @@ func (b *Builder) prepare(ctx context.Context) (err error) {
 		return fmt.Errorf("make the output folder: %w", err)
 	}
 	return nil
+}
+
+//go:embed gpu-modules.list
+var gpuModules string
+
+// GPUModules names the kernel's own modules that the images for GPUs load for a
+// driver, without what those depend on.
+func GPUModules() []string {
+	var names []string
+	for line := range strings.Lines(gpuModules) {
+		if line = strings.TrimSpace(line); line != "" && line[0] != '#' {
+			names = append(names, line)
+		}
+	}
+	return names
 }
 
 // imageFiles are what mkosi reads for the guest image, below the source tree.

@@ -215,6 +215,11 @@ func Command(shape Shape, a Artefacts) []string {
 			// rombar=0: the firmware must not run an option ROM that the host gives it.
 			"-device", fmt.Sprintf("vfio-pci,id=gpu%d,host=%s,bus=gpuport%d,iommufd=iommufd0,rombar=0", i, gpu, i))
 	}
+	for i := range shape.StandIns {
+		argv = append(argv,
+			"-device", fmt.Sprintf("pcie-root-port,id=gpuport%d,bus=pcie.0,chassis=%d,addr=%#x", i, i+1, slotGPU+i),
+			"-device", fmt.Sprintf("pci-testdev,id=gpu%d,bus=gpuport%d", i, i))
+	}
 	return argv
 }
 

@@ -17,6 +17,7 @@ type Shape struct {
 	TDXBits  int    // the same in a TD, where they must be the host's own
 	GPUModel string // empty without GPUs
 	GPUs     int    // how many are passed through, 0 to 8
+	StandIns int    // devices that stand in for GPUs; no shape has any outside of tests
 }
 
 const (

@@ -42,11 +42,14 @@ type Options struct {
 	Tokens     []string         // hashes of clients' tokens (TokenHashes), for the same
 	Shape      string           // "small" when empty
 	GPUs       []string         // PCI addresses, as many as the shape has
-	Accel      Accel            // AccelAuto when empty
-	Listen     string           // HOST:PORT; 127.0.0.1:8443 when empty, or the replaced VM's address; port 0 picks one
-	Replace    bool             // start beside a running VM of that name, then take its place
-	Timeout    time.Duration    // until the VM is ready; 2 min when zero
-	Drain      time.Duration    // for the replaced VM's requests to finish; 1 min when zero
+	// GPUCollateral is a file with what NVIDIA signs about the GPUs (package
+	// attest/nvidia, Collateral). When empty it is CollateralPath's, if that is there.
+	GPUCollateral string
+	Accel         Accel         // AccelAuto when empty
+	Listen        string        // HOST:PORT; 127.0.0.1:8443 when empty, or the replaced VM's address; port 0 picks one
+	Replace       bool          // start beside a running VM of that name, then take its place
+	Timeout       time.Duration // until the VM is ready; 2 min when zero
+	Drain         time.Duration // for the replaced VM's requests to finish; 1 min when zero
 
 	StateDir string          // the state folder; StateDir() when empty
 	Tools    *toolsroot.Root // where QEMU and its helpers are
@@ -103,6 +106,10 @@ func Up(ctx context.Context, o Options, progress func(Event)) (*Instance, error)
 	if err != nil {
 		return nil, err
 	}
+	collateral, err := o.collateral(cfg.Shape)
+	if err != nil {
+		return nil, err
+	}
 	st, err := openStore(o.StateDir)
 	if err != nil {
 		return nil, err
@@ -154,7 +161,7 @@ func Up(ctx context.Context, o Options, progress func(Event)) (*Instance, error)
 	defer lock.Close()
 	cfg.Run = r.id
 	cfg.Disks = append([]string{r.path("manifest.disk")}, cfg.Disks...)
-	if err := writeManifestDisk(r.path("manifest.disk"), encoded, nil); err != nil {
+	if err := writeManifestDisk(r.path("manifest.disk"), encoded, collateral); err != nil {
 		return nil, err
 	}
 	if err := writeJSON(r.path("config.json"), cfg); err != nil {
@@ -247,7 +254,7 @@ func (o Options) plan() (config, []byte, error) {
 		}
 		encoded, err = readManifest(o.Manifest)
 	} else {
-		m, makeErr := makeManifest(engine, cfg.Disks[1:], shape.GPUs, o.Parameters)
+		m, makeErr := makeManifest(engine, cfg.Disks[1:], shape.GPUs+shape.StandIns, o.Parameters)
 		if makeErr != nil {
 			return fail(makeErr)
 		}

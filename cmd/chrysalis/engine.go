@@ -7,6 +7,7 @@ import (
 	"os"
 
 	"chrysalis/engine"
+	"chrysalis/image"
 	"chrysalis/image/profile"
 )
 
@@ -18,6 +19,7 @@ type engineCommands struct {
 type EnginePackCmd struct {
 	Source      string `arg:"" help:"A folder, - for a tar stream on standard input, oci:DIR@sha256:… or docker://NAME@sha256:…"`
 	Profile     string `type:"existingfile" placeholder:"FILE" help:"The engine's profile (default: the one that the files have)."`
+	GPUDriver   string `name:"gpu-driver" type:"existingdir" placeholder:"DIR" help:"A GPU driver to put beside them: driver.json, driver.rim, modules, firmware, and the helper's root (docs/gpu.md)."`
 	Out         string `short:"o" required:"" placeholder:"FILE" help:"The disk to make; FILE.json says what it is."`
 	Force       bool   `short:"f" help:"Replace the disk if it is there."`
 	KeepPartial bool   `help:"Keep the unfinished disk after an error, beside the disk to make."`
@@ -38,6 +40,7 @@ func (c *EnginePackCmd) Run(ctx context.Context) error {
 	defer show.done()
 	info, err := engine.Pack(ctx, c.Source, engine.Options{
 		Out: c.Out, Replace: c.Force, Profile: own, KeepPartial: c.KeepPartial,
+		GPUDriver: c.GPUDriver, Kernel: image.Kernel, KernelModules: image.GPUModules(),
 		Progress: show.step, Note: note, Stream: os.Stdin,
 	})
 	show.done()

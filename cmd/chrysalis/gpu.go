@@ -138,7 +138,7 @@ func carryOut(ctx context.Context, plan *gpu.Plan, dry bool, done string) error 
 // GPUCollateralCmd fetches collateral.
 type GPUCollateralCmd struct {
 	Evidence string `arg:"" type:"existingfile" help:"Evidence of GPUs, the field gpu of a VM's evidence: it says what to ask for."`
-	Out      string `short:"o" required:"" placeholder:"FILE" help:"Where it goes; RIMs in a file that is there are kept."`
+	Out      string `short:"o" placeholder:"FILE" help:"Where it goes; RIMs in a file that is there are kept (default: where 'chrysalis up' looks for it)."`
 }
 
 // Run fetches, verifies and writes.
@@ -150,6 +150,16 @@ func (c *GPUCollateralCmd) Run(ctx context.Context) error {
 	e, err := nvidia.ParseEvidence(data)
 	if err != nil {
 		return fmt.Errorf("%s: %w", c.Evidence, err)
+	}
+	if c.Out == "" {
+		dir, err := launcher.StateDir()
+		if err == nil {
+			err = os.MkdirAll(dir, 0o700)
+		}
+		if err != nil {
+			return err
+		}
+		c.Out = launcher.CollateralPath(dir)
 	}
 	var have *nvidia.Collateral
 	if data, err := readFile(c.Out, nvidia.MaxCollateralSize); err == nil {

@@ -25,24 +25,25 @@ import (
 
 // UpCmd starts a VM.
 type UpCmd struct {
-	Name      string           `arg:"" optional:"" default:"default" help:"Name of the VM: lower-case letters, digits and '-'."`
-	Image     string           `default:"chrysalis.efi" placeholder:"FILE" help:"The image (default: ${default})."`
-	Engine    string           `default:"engine.disk" placeholder:"FILE" help:"The engine disk (default: ${default})."`
-	Model     []string         `placeholder:"FILE" sep:"none" help:"A model disk; repeat it for more (default: demo.disk)."`
-	Manifest  string           `placeholder:"FILE" help:"Use this manifest as it is rather than one made from the disks."`
-	Parameter map[string]int64 `placeholder:"NAME=VALUE" mapsep:"none" help:"A parameter of the engine, an integer; repeat it for more."`
-	Tokens    TokenFlags       `embed:""`
-	Shape     string           `default:"small" help:"The VM's shape, one of those below (default: ${default})."`
-	GPU       []string         `name:"gpu" placeholder:"PCI-ADDRESS" sep:"none" help:"A GPU to pass through, like 0000:b8:00.0; repeat it for more."`
-	GPUs      int              `name:"gpus" placeholder:"N" help:"Pass through as many of the GPUs that 'gpu prepare' made ready, in a shape that has them."`
-	Listen    string           `placeholder:"HOST:PORT" help:"Where clients connect; port 0 picks a free one (default: 127.0.0.1:8443, or where the replaced VM listens)."`
-	Accel     string           `enum:"auto,tdx,kvm,tcg" default:"auto" help:"Accelerator: auto takes TDX, or else KVM where it really works, or else TCG (default: ${default})."`
-	Firmware  string           `placeholder:"FILE" help:"The TDX firmware that belongs to the image; needed on TDX only."`
-	Replace   bool             `help:"Start beside the running VM of this name, then take its place without a gap."`
-	Timeout   time.Duration    `default:"2m" help:"How long the VM may take to become ready (default: ${default})."`
-	Drain     time.Duration    `default:"1m" help:"How long requests of a replaced VM may take to finish (default: ${default})."`
-	Tools     string           `hidden:"" env:"CHRYSALIS_TOOLS" placeholder:"DIR" help:"The tools root."`
-	JSON      bool             `name:"json" help:"Print one JSON document a line: the steps, then the result."`
+	Name          string           `arg:"" optional:"" default:"default" help:"Name of the VM: lower-case letters, digits and '-'."`
+	Image         string           `default:"chrysalis.efi" placeholder:"FILE" help:"The image (default: ${default})."`
+	Engine        string           `default:"engine.disk" placeholder:"FILE" help:"The engine disk (default: ${default})."`
+	Model         []string         `placeholder:"FILE" sep:"none" help:"A model disk; repeat it for more (default: demo.disk)."`
+	Manifest      string           `placeholder:"FILE" help:"Use this manifest as it is rather than one made from the disks."`
+	Parameter     map[string]int64 `placeholder:"NAME=VALUE" mapsep:"none" help:"A parameter of the engine, an integer; repeat it for more."`
+	Tokens        TokenFlags       `embed:""`
+	Shape         string           `default:"small" help:"The VM's shape, one of those below (default: ${default})."`
+	GPU           []string         `name:"gpu" placeholder:"PCI-ADDRESS" sep:"none" help:"A GPU to pass through, like 0000:b8:00.0; repeat it for more."`
+	GPUs          int              `name:"gpus" placeholder:"N" help:"Pass through as many of the GPUs that 'gpu prepare' made ready, in a shape that has them."`
+	GPUCollateral string           `name:"gpu-collateral" placeholder:"FILE" help:"What NVIDIA signs about the GPUs (default: what 'gpu collateral' has kept)."`
+	Listen        string           `placeholder:"HOST:PORT" help:"Where clients connect; port 0 picks a free one (default: 127.0.0.1:8443, or where the replaced VM listens)."`
+	Accel         string           `enum:"auto,tdx,kvm,tcg" default:"auto" help:"Accelerator: auto takes TDX, or else KVM where it really works, or else TCG (default: ${default})."`
+	Firmware      string           `placeholder:"FILE" help:"The TDX firmware that belongs to the image; needed on TDX only."`
+	Replace       bool             `help:"Start beside the running VM of this name, then take its place without a gap."`
+	Timeout       time.Duration    `default:"2m" help:"How long the VM may take to become ready (default: ${default})."`
+	Drain         time.Duration    `default:"1m" help:"How long requests of a replaced VM may take to finish (default: ${default})."`
+	Tools         string           `hidden:"" env:"CHRYSALIS_TOOLS" placeholder:"DIR" help:"The tools root."`
+	JSON          bool             `name:"json" help:"Print one JSON document a line: the steps, then the result."`
 
 	List  bool    `help:"Offer the VM to everyone on TON once it is ready; refused before anything is booted when no publisher has the records of what would be."`
 	Offer upOffer `embed:"" group:"With --list, as 'chrysalis listing put' takes them:"`
@@ -103,7 +104,7 @@ func (c *UpCmd) Run(ctx context.Context) error {
 	return c.run(ctx, predict, func() (*launcher.Instance, error) {
 		return c.boot(ctx, launcher.Options{
 			Name: c.Name, Image: c.Image, Firmware: c.Firmware, Engine: c.Engine, Models: models,
-			Manifest: c.Manifest, Parameters: c.Parameter, Tokens: tokens, Shape: c.Shape, GPUs: c.GPU,
+			Manifest: c.Manifest, Parameters: c.Parameter, Tokens: tokens, Shape: c.Shape, GPUs: c.GPU, GPUCollateral: c.GPUCollateral,
 			Accel: launcher.Accel(c.Accel), Listen: c.Listen, Replace: c.Replace,
 			Timeout: c.Timeout, Drain: c.Drain, Tools: tools,
 		})

@@ -32,7 +32,10 @@ func Fill(dir fs.FS, kernel string, available []string) ([]byte, *Driver, error)
 		return nil, nil, fmt.Errorf("GPU driver: it is for the kernel %s, the image has %s; build its modules against that one's headers", d.Kernel, kernel)
 	}
 	listed := map[string]bool{below(Path): true, below(RIM): true}
-	loaded := slices.Clone(available)
+	var loaded []string
+	for _, name := range available {
+		loaded = append(loaded, underscored(name))
+	}
 	for i := range d.Modules {
 		m := &d.Modules[i]
 		name := path.Join(below(ModulesDir), m.Name+".ko")
