@@ -89,7 +89,7 @@ func TestBadManifests(t *testing.T) {
 		}, "disk-missing"},
 		{"more GPUs than there are", func(b []byte) []byte {
 			return bytes.Replace(b, []byte(`"gpus":0`), []byte(`"gpus":1`), 1)
-		}, "gpu-failed"},
+		}, "gpu-count"},
 		{"a parameter that the engine lacks", func(b []byte) []byte {
 			return bytes.Replace(b, []byte(`"parameters":{}`), []byte(`"parameters":{"tools":1}`), 1)
 		}, "engine-profile"},

@@ -14,6 +14,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"testing/fstest"
 	"time"
@@ -83,13 +84,14 @@ func goBuild(out, pkg string) error {
 // host is a user's machine: a state folder of its own, and nothing left behind
 // at the end.
 type host struct {
-	t   *testing.T
-	dir string
+	t       *testing.T
+	dir     string
+	program string // the CLI
 }
 
 func newHost(t *testing.T) *host {
 	t.Helper()
-	h := &host{t, t.TempDir()}
+	h := &host{t, t.TempDir(), program}
 	t.Cleanup(func() {
 		h.run(time.Minute, "down", "--all", "--now")
 		h.noProcesses()
@@ -112,7 +114,7 @@ func (h *host) run(limit time.Duration, args ...string) result {
 	h.t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), limit)
 	defer cancel()
-	cmd := exec.CommandContext(ctx, program, args...)
+	cmd := exec.CommandContext(ctx, h.program, args...)
 	cmd.Dir = source
 	cmd.Env = append(os.Environ(), "XDG_STATE_HOME="+h.dir)
 	var stdout, stderr bytes.Buffer
@@ -177,16 +179,26 @@ func (h *host) noProcesses() {
 	h.t.Errorf("processes are left behind:\n%s", strings.Join(left, "\n"))
 }
 
+var engineBinary struct {
+	sync.Once
+	err error
+}
+
+// testEngineBinary builds the misbehaving engine and returns its path.
+func testEngineBinary(t *testing.T) string {
+	t.Helper()
+	binary := filepath.Join(scratch, "engine")
+	engineBinary.Do(func() { engineBinary.err = goBuild(binary, "./ci/vmtest/engine") })
+	if engineBinary.err != nil {
+		t.Fatal(engineBinary.err)
+	}
+	return binary
+}
+
 // testEngine packs the misbehaving engine in a mode and returns its disk.
 func testEngine(t *testing.T, mode string) string {
 	t.Helper()
-	binary := filepath.Join(scratch, "engine")
-	if _, err := os.Stat(binary); err != nil {
-		if err := goBuild(binary, "./ci/vmtest/engine"); err != nil {
-			t.Fatal(err)
-		}
-	}
-	data, err := os.ReadFile(binary)
+	data, err := os.ReadFile(testEngineBinary(t))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -16,6 +16,10 @@ import (
 )
 
 func main() {
+	if len(os.Args) == 1 { // as the GPU helper is called
+		fmt.Println("a helper that is none")
+		time.Sleep(time.Hour)
+	}
 	mode, socket := os.Args[1], os.Args[2]
 	if i := slices.Index(os.Args, "--uds"); i > 0 { // as vLLM is called
 		mode, socket = "vllm", os.Args[i+1]
@@ -23,6 +27,13 @@ func main() {
 	switch mode {
 	case "vllm":
 		likeVLLM()
+	case "gpu":
+		var names []string
+		entries, err := os.ReadDir("/dev")
+		for _, e := range entries {
+			names = append(names, e.Name())
+		}
+		fmt.Println("engine: sees", strings.Join(names, " "), "in /dev, errors:", err)
 	case "exit":
 		fmt.Println("engine: exits at once")
 		os.Exit(7)
