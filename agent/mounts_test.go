@@ -17,10 +17,12 @@ func TestInitrdNames(t *testing.T) {
 		{path: "/usr/lib/os-release", file: true},
 		{path: "/modules/00-dm-mod.ko", file: true},
 		{path: "/modules/13-tsm_report.ko", file: true},
+		{path: "/gpu-modules/00-gcm.ko", file: true},
 		{path: "/.extra/os-release", file: true},
 		{path: "/dev/console", file: true},
 		{path: "/", folder: true},
 		{path: "/usr/lib", folder: true},
+		{path: "/gpu-modules", folder: true},
 		{path: "/.extra", folder: true},
 		{path: "/root", folder: true},
 
