@@ -33,6 +33,7 @@ $(chrysalis): deps
 image: $(chrysalis)
 	@$(chrysalis) image build $(mirrors)
 	@$(chrysalis) image build --profile debug --image-only $(mirrors) >/dev/null
+	@$(chrysalis) image build --profile gputest --image-only $(mirrors) >/dev/null
 
 release: $(chrysalis)
 	@$(chrysalis) image build $(mirrors)

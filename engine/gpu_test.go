@@ -46,13 +46,16 @@ func TestGPUDriver(t *testing.T) {
 	for path, want := range map[string]string{
 		driver.FirmwareDir + "/nvidia/" + nvidiatest.Driver + "/gsp.bin": "firmware",
 		driver.HelperRoot + "/usr/lib/libnvidia-ml.so.1":                 "library",
-		driver.HelperRoot + "/dev/":                                      "/",
-		driver.HelperRoot + "/proc/":                                     "/",
 		driver.HelperRoot + "/dev/null":                                  "",
 		"usr/bin/serve":                                                  "#!",
 	} {
 		if got[path] != want {
 			t.Errorf("%s is %q, expected %q", path, got[path], want)
+		}
+	}
+	for _, mount := range []string{"/dev", "/proc"} {
+		if at, ok := got[driver.HelperRoot+mount+"/"]; !ok {
+			t.Errorf("no folder %s for the helper: %q", mount, at)
 		}
 	}
 	d, err := driver.Parse([]byte(got[driver.Path]))

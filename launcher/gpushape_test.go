@@ -1,6 +1,12 @@
 package launcher
 
-import "testing"
+import (
+	"bytes"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
 
 func TestShapeForGPUs(t *testing.T) {
 	if name, err := ShapeForGPUs(1); err != nil || name != "h100x1" {
@@ -8,5 +14,60 @@ func TestShapeForGPUs(t *testing.T) {
 	}
 	if name, err := ShapeForGPUs(7); err == nil {
 		t.Error(name)
+	}
+}
+
+// A VM with GPUs is given the collateral that is named, or that is kept.
+func TestCollateral(t *testing.T) {
+	shape := Shape{Name: "gpu", GPUs: 1}
+	o := Options{StateDir: t.TempDir()}
+	if data, err := o.collateral(shape); err != nil || data != nil {
+		t.Errorf("with none kept: %q, %v", data, err)
+	}
+	const good = `{"ocsp":[],"rims":["cmlt"],"version":1}`
+	kept := CollateralPath(o.StateDir)
+	if err := os.WriteFile(kept, []byte(good), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if data, err := o.collateral(shape); err != nil || string(data) != good {
+		t.Errorf("what is kept: %q, %v", data, err)
+	}
+	if data, err := o.collateral(Shape{Name: "small"}); err != nil || data != nil {
+		t.Errorf("without a GPU: %q, %v", data, err)
+	}
+	for name, text := range map[string][]byte{
+		"empty": nil, "not canonical": []byte(" " + good), "another version": []byte(strings.Replace(good, "1}", "2}", 1)), "too large": bytes.Repeat([]byte("x"), 5<<20),
+	} {
+		o.GPUCollateral = filepath.Join(t.TempDir(), "collateral.json")
+		if err := os.WriteFile(o.GPUCollateral, text, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := o.collateral(shape); err == nil || !strings.Contains(err.Error(), "chrysalis gpu collateral") {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	o.GPUCollateral = "/nowhere"
+	if _, err := o.collateral(shape); err == nil {
+		t.Error("a file that is not there is passed over")
+	}
+}
+
+// Stand-ins for GPUs are where GPUs would be, and in no shape that is published.
+func TestStandIns(t *testing.T) {
+	for _, name := range ShapeNames() {
+		if s, err := LookupShape(name); err != nil || s.StandIns != 0 {
+			t.Errorf("shape %s has %d stand-ins (%v)", name, s.StandIns, err)
+		}
+	}
+	shape := Shape{Name: "test", VCPUs: 2, Memory: gib, PhysBits: 40, StandIns: 2}
+	art := Artefacts{Platform: PlatformTCG, Transport: TransportUser, Firmware: tpmFirmware, Disks: 3, GuestCID: 3}
+	if err := art.Check(shape); err != nil {
+		t.Fatal(err)
+	}
+	line := strings.Join(Command(shape, art), " ")
+	for _, want := range []string{"pcie-root-port,id=gpuport1,bus=pcie.0,chassis=2,addr=0x16", "pci-testdev,id=gpu1,bus=gpuport1"} {
+		if !strings.Contains(line, want) {
+			t.Errorf("%s is not in %s", want, line)
+		}
 	}
 }

@@ -194,6 +194,7 @@ func TestUpRefusals(t *testing.T) {
 		{"engine is no disk", func(o *Options) { o.Manifest = "" }, "read the engine disk"},
 		{"manifest and parameters", func(o *Options) { o.Parameters = map[string]int64{"x": 1} }, "either the file or those"},
 		{"GPU too many", func(o *Options) { o.GPUs = []string{"0000:01:00.0"} }, "0 GPUs"},
+		{"GPU collateral without a GPU", func(o *Options) { o.GPUCollateral = "/dev/null" }, "has no GPU"},
 		{"listen", func(o *Options) { o.Listen = "x" }, "not an address"},
 		{"no tools", func(o *Options) { o.Tools = nil }, "image tools"},
 		{"accelerator", func(o *Options) { o.Accel = "xen" }, "no accelerator"},
