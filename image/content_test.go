@@ -464,3 +464,64 @@ func closure(t *testing.T, fsys fs.FS) map[string]bool {
 	}
 	return found
 }
+
+// TestGPUImage compares the image for VMs with GPUs, as its tests have it, with the
+// published one: what its command line leaves out, and what its initrd has more.
+func TestGPUImage(t *testing.T) {
+	open := func(name string) (*inspect.UKI, map[string][]byte) {
+		file, _ := artefact(t, name)
+		uki, err := inspect.OpenUKI(t.Context(), file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { uki.Close() })
+		files := map[string][]byte{}
+		for _, e := range uki.Initrd.Entries {
+			files[e.Path] = nil
+			if e.Mode.Type() == "file" {
+				if files[e.Path], err = e.Content(64 << 20); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		return uki, files
+	}
+	published, files := open("chrysalis.efi")
+	gpu, more := open("chrysalis-gputest.efi")
+	var want []string
+	for _, argument := range strings.Fields(published.CommandLine) {
+		// NVIDIA's modules are not signed by the kernel's builder.
+		if argument != "module.sig_enforce=1" {
+			want = append(want, argument)
+		}
+	}
+	// The debug profile's, which the image "gpu" has not.
+	want = append(want, "loglevel=7")
+	if got := strings.Fields(gpu.CommandLine); !slices.Equal(got, want) {
+		t.Errorf("the command line is %q, expected %q", got, want)
+	}
+	for name, data := range files {
+		// These three name the image.
+		if name != "init" && name != "image.json" && name != "usr/lib/os-release" && !bytes.Equal(more[name], data) {
+			t.Errorf("%s is another file than the published image's", name)
+		}
+	}
+	var modules []string
+	for name := range more {
+		if _, ok := files[name]; ok || name == "gpu-modules" {
+			continue
+		}
+		m := regexp.MustCompile(`^gpu-modules/[0-9]{2}-([a-z0-9_-]+)\.ko$`).FindStringSubmatch(name)
+		if m == nil {
+			t.Errorf("the initrd holds %s, which is on no list", name)
+			continue
+		}
+		modules = append(modules, m[1])
+	}
+	for _, name := range image.GPUModules() {
+		if !slices.Contains(modules, name) {
+			t.Errorf("the initrd has no module %s", name)
+		}
+	}
+	t.Logf("%d modules for GPUs: %s", len(modules), strings.Join(modules, " "))
+}
