@@ -76,6 +76,9 @@ func (a *agent) startGPUs(ctx context.Context) error {
 		return fmt.Errorf("the GPU helper ended: %s", describe(<-ended))
 	})
 	if a.gpuSet, err = gpu.NewSet(ctx, client, verifier, a.gpus, d.Models); err != nil {
+		if r, ok := errors.AsType[*gpu.Refusal](err); ok && r.RIMs != nil {
+			a.state.MissRIMs(r.RIMs)
+		}
 		return ofGPUs(err)
 	}
 	for _, identity := range a.gpuSet.Identities() {

@@ -7,6 +7,8 @@
 // client sent, nothing that would change what a client has verified.
 package guest
 
+import "regexp"
+
 // The vsock ports that a VM listens on. There are no others, and there is no
 // network device.
 const (
@@ -150,11 +152,22 @@ type Status struct {
 	Ready    bool         `json:"ready"`    // clients are being served and the engine answers
 	Draining bool         `json:"draining"` // no new requests are admitted
 	Reason   Reason       `json:"reason,omitempty"`
-	UptimeMS int64        `json:"uptime_ms"` // since PID 1's first instruction
-	KernelMS int64        `json:"kernel_ms"` // kernel time at PID 1's first instruction
-	Phases   []PhaseTime  `json:"phases"`    // the finished ones, in order
+	RIMs     []string     `json:"rims,omitempty"` // with ReasonGPUCollateral: what NVIDIA calls those that are missing
+	UptimeMS int64        `json:"uptime_ms"`      // since PID 1's first instruction
+	KernelMS int64        `json:"kernel_ms"`      // kernel time at PID 1's first instruction
+	Phases   []PhaseTime  `json:"phases"`         // the finished ones, in order
 	Counters CounterTable `json:"counters"`
 }
+
+// MaxRIMs is how many names of RIMs a status document can have.
+const MaxRIMs = 16
+
+var rimRE = regexp.MustCompile(`^NV_GPU_(?:DRIVER|VBIOS)_[A-Z0-9_.]{1,100}$`)
+
+// IsRIM reports whether a text has the form of NVIDIA's name for a reference
+// manifest of a GPU's driver or VBIOS. Which ones a VM lacks is nothing that its
+// host does not know: it has the GPU.
+func IsRIM(name string) bool { return rimRE.MatchString(name) }
 
 // PhaseTime is how long a finished phase took.
 type PhaseTime struct {

@@ -52,6 +52,7 @@ func parseStatus(line []byte) (guest.Status, error) {
 	if s.Reason != guest.ReasonNone && !s.Reason.Known() {
 		s.Reason = ReasonUnknown
 	}
+	s.RIMs = slices.DeleteFunc(s.RIMs[:min(len(s.RIMs), guest.MaxRIMs)], func(name string) bool { return !guest.IsRIM(name) })
 	if len(s.Phases) > len(guest.Phases) {
 		s.Phases = s.Phases[:len(guest.Phases)]
 	}

@@ -187,3 +187,17 @@ func TestWatchGuest(t *testing.T) {
 		t.Errorf("%+v, %v", seen, ctx.Err())
 	}
 }
+
+// What a VM says that it lacks is shown only if it has the form of a RIM's name.
+func TestStatusRIMs(t *testing.T) {
+	line := `{"version":1,"image":"chrysalis","phase":"gpu","reason":"gpu-collateral","rims":["NV_GPU_VBIOS_1010_0200_882_96009F0001","; rm -rf /","NV_GPU_VBIOS_\u001b[2J"]}`
+	s, err := parseStatus([]byte(line))
+	if err != nil || len(s.RIMs) != 1 || s.RIMs[0] != "NV_GPU_VBIOS_1010_0200_882_96009F0001" {
+		t.Errorf("%q, %v", s.RIMs, err)
+	}
+	many := strings.Repeat(`"NV_GPU_VBIOS_1",`, 200)
+	s, err = parseStatus([]byte(`{"version":1,"image":"chrysalis","phase":"gpu","rims":[` + strings.TrimSuffix(many, ",") + `]}`))
+	if err != nil || len(s.RIMs) != guest.MaxRIMs {
+		t.Errorf("%d names, %v", len(s.RIMs), err)
+	}
+}

@@ -369,7 +369,11 @@ func (s *supervisor) obituary(v *vm, try attempt) (ended string, failed, again b
 	st := s.snapshot()
 	s.log.Printf("QEMU: ending %q, exit %v; reason %q", ending, v.qemu.err, st.Reason)
 	if st.Reason != guest.ReasonNone {
-		return fmt.Sprintf("%s: %s", st.Reason, st.Reason.Explain()), st.Reason != guest.ReasonStopped, false
+		why := fmt.Sprintf("%s: %s", st.Reason, st.Reason.Explain())
+		if st.Guest != nil && st.Reason == guest.ReasonGPUCollateral && len(st.Guest.RIMs) > 0 {
+			why += ": chrysalis gpu collateral --rim " + strings.Join(st.Guest.RIMs, " --rim ")
+		}
+		return why, st.Reason != guest.ReasonStopped, false
 	}
 	if try.unproven && st.Guest == nil {
 		switch ending {

@@ -19,6 +19,7 @@ import (
 type Refusal struct {
 	Reason guest.Reason
 	Err    error
+	RIMs   []string // with ReasonGPUCollateral: the names of those that are missing
 }
 
 // Error implements error.
@@ -28,7 +29,7 @@ func (r *Refusal) Error() string { return r.Err.Error() }
 func (r *Refusal) Unwrap() error { return r.Err }
 
 func refuse(reason guest.Reason, format string, args ...any) *Refusal {
-	return &Refusal{reason, fmt.Errorf(format, args...)}
+	return &Refusal{Reason: reason, Err: fmt.Errorf(format, args...)}
 }
 
 // Set is the GPUs of a VM: attested once when it boots, and again for every batch
@@ -191,7 +192,11 @@ func (s *Set) attest(ctx context.Context, nonce [nvidia.NonceSize]byte) ([]byte,
 	policy.Nonce = nonce
 	result, err := s.verifier.Verify(data, policy)
 	if err != nil {
-		return nil, nil, ofCheck(err)
+		r := ofCheck(err)
+		if r.Reason == guest.ReasonGPUCollateral {
+			r.RIMs = missing(e, err)
+		}
+		return nil, nil, r
 	}
 	return data, result, nil
 }
@@ -213,7 +218,23 @@ func ofHelper(err error) *Refusal {
 			reason = guest.ReasonGPUAttestation
 		}
 	}
-	return &Refusal{reason, err}
+	return &Refusal{Reason: reason, Err: err}
+}
+
+// missing names the RIMs of a kind that a check has not found, for all GPUs: there
+// may be several kinds of boards.
+func missing(e *nvidia.Evidence, err error) []string {
+	var out []string
+	for i := range e.GPUs {
+		driver, vbios, idErr := nvidia.RIMIDs(&e.GPUs[i])
+		if r, ok := errors.AsType[*nvidia.Refusal](err); ok && r.Check == nvidia.CheckDriverRIM {
+			vbios = driver
+		}
+		if idErr == nil && guest.IsRIM(vbios) && !slices.Contains(out, vbios) {
+			out = append(out, vbios)
+		}
+	}
+	return out
 }
 
 // ofCheck gives what a verifier refuses its reason.
@@ -235,7 +256,7 @@ func ofCheck(err error) *Refusal {
 			reason = guest.ReasonGPUChanged
 		}
 	}
-	return &Refusal{reason, err}
+	return &Refusal{Reason: reason, Err: err}
 }
 
 func freshNonce() (nonce [nvidia.NonceSize]byte) {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"os/exec"
+	"slices"
 	"testing"
 	"time"
 
@@ -145,6 +146,14 @@ func TestSetRefuses(t *testing.T) {
 			c, _ := fake(t, test.script, test.gpus...)
 			_, err := gpu.NewSet(t.Context(), c, verifier(t, vendor, test.rims...), 1, test.models)
 			wantReason(t, err, test.reason)
+			// What is missing is named, as NVIDIA does.
+			want := map[string][]string{
+				"no VBIOS RIM":  {"NV_GPU_VBIOS_1010_0200_882_9600AA0001"},
+				"no driver RIM": {"NV_GPU_DRIVER_GH100_999.10.01"},
+			}[test.name]
+			if r, ok := errors.AsType[*gpu.Refusal](err); ok && !slices.Equal(r.RIMs, want) {
+				t.Errorf("RIMs %q, expected %q", r.RIMs, want)
+			}
 		})
 	}
 	t.Run("one GPU twice", func(t *testing.T) {

@@ -91,6 +91,11 @@ func (s *State) End(reason guest.Reason) {
 	})
 }
 
+// MissRIMs says which reference manifests of the GPUs nobody has given.
+func (s *State) MissRIMs(names []string) {
+	s.change(func(status *guest.Status) { status.RIMs = slices.Clone(names) })
+}
+
 func (s *State) change(edit func(*guest.Status)) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

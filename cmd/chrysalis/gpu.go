@@ -137,19 +137,25 @@ func carryOut(ctx context.Context, plan *gpu.Plan, dry bool, done string) error 
 
 // GPUCollateralCmd fetches collateral.
 type GPUCollateralCmd struct {
-	Evidence string `arg:"" type:"existingfile" help:"Evidence of GPUs, the field gpu of a VM's evidence: it says what to ask for."`
-	Out      string `short:"o" placeholder:"FILE" help:"Where it goes; RIMs in a file that is there are kept (default: where 'chrysalis up' looks for it)."`
+	Evidence string   `arg:"" optional:"" type:"existingfile" help:"Evidence of GPUs, the field gpu of a VM's evidence: it says what to ask for."`
+	RIM      []string `name:"rim" placeholder:"NAME" sep:"none" help:"Fetch this reference manifest, which a VM that ended says it lacks; repeat it for more."`
+	Out      string   `short:"o" placeholder:"FILE" help:"Where it goes; RIMs in a file that is there are kept (default: where 'chrysalis up' looks for it)."`
 }
 
 // Run fetches, verifies and writes.
 func (c *GPUCollateralCmd) Run(ctx context.Context) error {
-	data, err := readFile(c.Evidence, nvidia.MaxEvidenceSize)
-	if err != nil {
-		return err
+	if (c.Evidence == "") == (len(c.RIM) == 0) {
+		return errors.New("give either evidence or --rim")
 	}
-	e, err := nvidia.ParseEvidence(data)
-	if err != nil {
-		return fmt.Errorf("%s: %w", c.Evidence, err)
+	var e *nvidia.Evidence
+	if c.Evidence != "" {
+		data, err := readFile(c.Evidence, nvidia.MaxEvidenceSize)
+		if err != nil {
+			return err
+		}
+		if e, err = nvidia.ParseEvidence(data); err != nil {
+			return fmt.Errorf("%s: %w", c.Evidence, err)
+		}
 	}
 	if c.Out == "" {
 		dir, err := launcher.StateDir()
@@ -169,7 +175,14 @@ func (c *GPUCollateralCmd) Run(ctx context.Context) error {
 	} else if !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	fetched, err := gpu.NVIDIA().Collateral(ctx, e, have, func(what string) { fmt.Fprintln(os.Stderr, terminal.Line(what)) })
+	tell := func(what string) { fmt.Fprintln(os.Stderr, terminal.Line(what)) }
+	var fetched *nvidia.Collateral
+	var err error
+	if e != nil {
+		fetched, err = gpu.NVIDIA().Collateral(ctx, e, have, tell)
+	} else {
+		fetched, err = gpu.NVIDIA().RIMs(ctx, c.RIM, have, tell)
+	}
 	if err != nil {
 		return err
 	}

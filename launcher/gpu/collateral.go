@@ -20,6 +20,7 @@ import (
 
 	"chrysalis/attest/evidence"
 	"chrysalis/attest/nvidia"
+	"chrysalis/guest"
 )
 
 // Services are where NVIDIA serves collateral.
@@ -42,7 +43,6 @@ const fetchTimeout = 30 * time.Second
 // that their evidence names, and OCSP responses for all certificates involved.
 // have holds RIMs that need not be fetched. What comes back has verified.
 func (s Services) Collateral(ctx context.Context, e *nvidia.Evidence, have *nvidia.Collateral, tell func(string)) (*nvidia.Collateral, error) {
-	out := &nvidia.Collateral{Version: nvidia.Version, RIMs: []evidence.Bytes{}, OCSP: []evidence.Bytes{}}
 	wanted := map[string]bool{}
 	for i := range e.GPUs {
 		driver, vbios, err := nvidia.RIMIDs(&e.GPUs[i])
@@ -51,6 +51,36 @@ func (s Services) Collateral(ctx context.Context, e *nvidia.Evidence, have *nvid
 		}
 		wanted[driver], wanted[vbios] = true, true
 	}
+	return s.collect(ctx, e, wanted, have, tell)
+}
+
+// RIMs fetches RIMs by their names, and OCSP responses about who signed them, for a
+// VM whose GPUs have proven nothing yet because it lacks them. Other RIMs in have
+// are kept.
+func (s Services) RIMs(ctx context.Context, names []string, have *nvidia.Collateral, tell func(string)) (*nvidia.Collateral, error) {
+	wanted := map[string]bool{}
+	for _, name := range names {
+		if !guest.IsRIM(name) {
+			return nil, fmt.Errorf("%.80q is not the name of a RIM; write it as the VM does, like NV_GPU_VBIOS_1010_0200_882_96009F0001", name)
+		}
+		wanted[name] = true
+	}
+	out, err := s.collect(ctx, &nvidia.Evidence{}, wanted, have, tell)
+	if err != nil || have == nil {
+		return out, err
+	}
+	for _, rim := range have.RIMs {
+		if !slices.ContainsFunc(out.RIMs, func(other evidence.Bytes) bool { return bytes.Equal(other, rim) }) {
+			out.RIMs = append(out.RIMs, rim)
+		}
+	}
+	return out, nil
+}
+
+// collect fetches the RIMs that are wanted and not at hand, and asks about GPUs and
+// signers.
+func (s Services) collect(ctx context.Context, e *nvidia.Evidence, wanted map[string]bool, have *nvidia.Collateral, tell func(string)) (*nvidia.Collateral, error) {
+	out := &nvidia.Collateral{Version: nvidia.Version, RIMs: []evidence.Bytes{}, OCSP: []evidence.Bytes{}}
 	known := map[string]evidence.Bytes{}
 	if have != nil {
 		for _, data := range have.RIMs {

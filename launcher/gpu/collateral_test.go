@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/crypto/ocsp"
 
+	"chrysalis/attest/evidence"
 	"chrysalis/attest/nvidia"
 	"chrysalis/attest/nvidia/nvidiatest"
 	"chrysalis/launcher/gpu"
@@ -87,6 +88,31 @@ func TestCollateral(t *testing.T) {
 	// RIMs that are there are not fetched again.
 	if _, err := s.Collateral(t.Context(), e, c, quiet); err != nil || fetched.Load() != 2 {
 		t.Errorf("%v, %d RIMs fetched", err, fetched.Load())
+	}
+}
+
+// A VM that lacks a RIM says its name, and that is enough to fetch it.
+func TestRIMs(t *testing.T) {
+	vendor := nvidiatest.NewVendor()
+	g := vendor.NewGPU()
+	s, fetched := services(t, vendor, g)
+	_, vbios, err := nvidia.RIMIDs(new(g.Evidence([32]byte{})))
+	if err != nil {
+		t.Fatal(err)
+	}
+	quiet := func(string) {}
+	c, err := s.RIMs(t.Context(), []string{vbios}, &nvidia.Collateral{Version: nvidia.Version, RIMs: []evidence.Bytes{vendor.DriverRIM()}}, quiet)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// Three signed it, and the other is kept.
+	if len(c.RIMs) != 2 || len(c.OCSP) != 3 || fetched.Load() != 1 {
+		t.Errorf("%d RIMs, %d answers, %d RIMs fetched", len(c.RIMs), len(c.OCSP), fetched.Load())
+	}
+	for _, name := range []string{"", "NV_GPU_VBIOS_", "../x", "NV_GPU_VBIOS_x", vbios + "/"} {
+		if _, err := s.RIMs(t.Context(), []string{name}, nil, quiet); err == nil {
+			t.Errorf("asked for %q", name)
+		}
 	}
 }
 
