@@ -126,8 +126,8 @@ func (b *bundle) module(m Module) (io.Reader, error) {
 	return io.NewSectionReader(b.file, e.offset, e.size), nil
 }
 
-// Bundle writes everything that the lock names into one file, which appears
-// under its name when it is whole. It fetches what the cache lacks.
+// Bundle writes everything that the lock names, and the GPU helper's Go modules,
+// into one file, which appears under its name when it is whole. It fetches what the cache lacks.
 func (b *Builder) Bundle(ctx context.Context, out string) error {
 	lock, err := ReadLock(b.Source)
 	if err != nil {
@@ -147,12 +147,22 @@ func (b *Builder) Bundle(ctx context.Context, out string) error {
 			files[packageEntry(p)] = paths[i]
 		}
 	}
-	zips, err := fetchModules(ctx, b.Source, lock.Go, b.Mirrors, b.Progress)
-	if err != nil {
-		return err
+	modules := []Go{lock.Go}
+	if _, err := lock.Tree("gpu-compiler"); err == nil {
+		helper, err := helperGo(b.Source, lock)
+		if err != nil {
+			return err
+		}
+		modules = append(modules, helper)
 	}
-	for i, m := range lock.Go.Modules {
-		files[moduleEntry(m)] = zips[i]
+	for _, g := range modules {
+		zips, err := fetchModules(ctx, b.Source, g, b.Mirrors, b.Progress)
+		if err != nil {
+			return err
+		}
+		for i, m := range g.Modules {
+			files[moduleEntry(m)] = zips[i]
+		}
 	}
 	if err := writeBundle(ctx, out, files, b.Progress); err != nil {
 		return fmt.Errorf("write the bundle: %w", err)

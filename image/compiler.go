@@ -89,11 +89,10 @@ func (b *Builder) Helper(ctx context.Context) (string, error) {
 	if err := checkToolchain(ctx, b.Source, b.lock.Go); err != nil {
 		return "", err
 	}
-	modules, err := sumsOf(b.Source, helperModules)
+	g, err := helperGo(b.Source, b.lock)
 	if err != nil {
 		return "", err
 	}
-	g := Go{Toolchain: b.lock.Go.Toolchain, Modules: modules}
 	zips, err := fetchModules(ctx, b.Source, g, b.Mirrors, b.Progress)
 	if err != nil {
 		return "", err
@@ -143,6 +142,12 @@ func (b *Builder) Helper(ctx context.Context) (string, error) {
 		return "", fmt.Errorf("put %s in place: %w", HelperName, err)
 	}
 	return path, os.Chmod(path, 0o755)
+}
+
+// helperGo is what the helper is compiled with.
+func helperGo(source string, lock *Lock) (Go, error) {
+	modules, err := sumsOf(source, helperModules)
+	return Go{Toolchain: lock.Go.Toolchain, Modules: modules}, err
 }
 
 // sumsOf returns modules as go.mod and go.sum give them.
