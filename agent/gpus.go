@@ -142,7 +142,7 @@ func loadDriver(engine string, d *driver.Driver) error {
 	if release := unix.ByteSliceToString(name.Release[:]); release != d.Kernel {
 		return fmt.Errorf("the GPU driver is for the kernel %s, this is %s", d.Kernel, release)
 	}
-	if err := loadModules(gpuModulesPath, true); err != nil {
+	if err := loadModules(gpuModulesPath, true); err != nil { // all of them
 		return fmt.Errorf("the image has not what a GPU driver needs: %w", err)
 	}
 	if err := checkSizes(engine, d); err != nil {
@@ -204,11 +204,12 @@ func bindGPUs(sysfs string) error {
 
 // gpuNode is a device node of the driver, which the kernel does not make.
 type gpuNode struct {
-	name    string   // with %d, one for each GPU
-	majors  []string // what /proc/devices calls its driver; any of them
-	minor   uint32   // and the next, for each GPU
-	perGPU  bool
-	missing bool // it may be: the driver's module was not loaded
+	name     string   // with %d, one for each GPU
+	majors   []string // what /proc/devices calls its driver; any of them
+	minor    uint32   // of the first
+	step     uint32   // from one GPU's minor to the next one's
+	perGPU   bool
+	optional bool // there is none where its driver was not loaded
 }
 
 // makeGPUNodes makes the nodes of the table and returns their names. The minor
@@ -224,7 +225,7 @@ func makeGPUNodes(dev, procDevices string, gpus int) ([]string, error) {
 	for _, n := range gpuNodes {
 		i := slices.IndexFunc(n.majors, func(name string) bool { return majors[name] != 0 })
 		if i < 0 {
-			if n.missing {
+			if n.optional {
 				continue
 			}
 			return nil, fmt.Errorf("the GPU driver has no device %s", strings.Join(n.majors, " or "))
@@ -238,10 +239,7 @@ func makeGPUNodes(dev, procDevices string, gpus int) ([]string, error) {
 			if n.perGPU {
 				name = fmt.Sprintf(n.name, k)
 			}
-			device := unix.Mkdev(majors[n.majors[i]], n.minor)
-			if n.perGPU && !sharedMinor {
-				device = unix.Mkdev(majors[n.majors[i]], n.minor+uint32(k))
-			}
+			device := unix.Mkdev(majors[n.majors[i]], n.minor+n.step*uint32(k))
 			path := filepath.Join(dev, name)
 			if err := unix.Mknod(path, unix.S_IFCHR, int(device)); err != nil {
 				return nil, fmt.Errorf("make the device node %s: %w", path, err)

@@ -12,12 +12,9 @@ const gpuDriver = "nvidia"
 // made.
 var gpuNodes = []gpuNode{
 	{name: "nvidiactl", majors: []string{"nvidia-frontend", "nvidia"}, minor: 255},
-	{name: "nvidia%d", majors: []string{"nvidia-frontend", "nvidia"}, perGPU: true},
-	{name: "nvidia-uvm", majors: []string{"nvidia-uvm"}, missing: true},
+	{name: "nvidia%d", majors: []string{"nvidia-frontend", "nvidia"}, step: 1, perGPU: true},
+	{name: "nvidia-uvm", majors: []string{"nvidia-uvm"}, optional: true},
 }
-
-// sharedMinor is for tests.
-const sharedMinor = false
 
 // gpuRoots are what GPUs and RIMs are verified under: NVIDIA's, and no others.
 func gpuRoots(string) (nvidia.Roots, error) { return nvidia.NVIDIARoots(), nil }

@@ -28,10 +28,8 @@ const gpuDriver = "pci-pf-stub"
 var gpuNodes = []gpuNode{
 	{name: "nvidiactl", majors: []string{"mem"}, minor: 3},
 	{name: "nvidia%d", majors: []string{"mem"}, minor: 3, perGPU: true},
-	{name: "nvidia-uvm", majors: []string{"nvidia-uvm"}, missing: true},
+	{name: "nvidia-uvm", majors: []string{"nvidia-uvm"}, optional: true},
 }
-
-const sharedMinor = true
 
 // rootsPath is where a test's engine disk names its vendor: two lines, the SHA-256
 // of the root of devices and that of the root of RIMs.

@@ -222,8 +222,9 @@ func TestGPU(t *testing.T) {
 	h := newGPUHost(t)
 	s := newGPUSetup(2)
 	t.Log("the GPU engine disk is the fixture's: NVIDIA's driver is no part of this tree")
-	// Two at boot, and two every ten seconds.
-	s.script = fakenvml.Script{"after.nvmlDeviceGetTotalEccErrors": "8", "error.nvmlDeviceGetTotalEccErrors": "15"}
+	// Two reports at boot, and two for the first client.
+	const report = "nvmlDeviceGetConfComputeGpuAttestationReport"
+	s.script = fakenvml.Script{"after." + report: "4", "error." + report: "15"}
 	engine := s.disk(t, h)
 	endpoint := h.up("--image", gpuParts.uki, "--engine", engine, "--model", demo, "--shape", "gputest2", "--gpu-collateral", s.collateral(t))
 	c := newClient(t, endpoint)
@@ -319,8 +320,14 @@ func TestGPU(t *testing.T) {
 		t.Logf("the agent took %d KiB at most", rss)
 	}
 
-	// A GPU is lost.
-	deadline := time.Now().Add(3 * time.Minute)
+	// A GPU is lost before it has answered the next client.
+	if resp, err := c.http.Get(endpoint + evidence.Path + "?nonce=" + base64.RawURLEncoding.EncodeToString(nonce[:])); err == nil {
+		resp.Body.Close()
+		if resp.StatusCode == 200 {
+			t.Error("there is evidence without a GPU's report")
+		}
+	}
+	deadline := time.Now().Add(2 * time.Minute)
 	for {
 		r := h.run(time.Minute, "status", "--json")
 		if strings.Contains(r.stdout, `"gpu-lost"`) {
