@@ -3,8 +3,9 @@
 // status document and the control messages.
 //
 // Everything here is read by an untrusted host and written by it too, so it
-// holds enumerated values and coarse counters only: no free text, nothing that a
-// client sent, nothing that would change what a client has verified.
+// holds enumerated values, coarse counters and NVIDIA's names for what a GPU is
+// judged by only: no free text, nothing that a client sent, nothing that would
+// change what a client has verified.
 package guest
 
 import "regexp"
