@@ -374,7 +374,10 @@ func TestGPUFaults(t *testing.T) {
 			if !c.noCollateral {
 				args = append(args, "--gpu-collateral", c.setup.collateral(t))
 			}
-			h.upFails(c.reason, args...)
+			said := h.upFails(c.reason, args...)
+			if c.noCollateral && !strings.Contains(said, "chrysalis gpu collateral --rim NV_GPU_VBIOS_1010_0200_882_9600AA0001") {
+				t.Errorf("it does not say what is missing: %s", said)
+			}
 		})
 	}
 	t.Run("the published image", func(t *testing.T) {
