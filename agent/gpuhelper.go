@@ -93,7 +93,7 @@ func enterHelper() error {
 }
 
 // buildHelperRoot makes the helper's folder of the engine disk the root, with the
-// driver's device nodes and a /proc that shows nothing but the helper.
+// driver's device nodes. NVIDIA's library works without /proc and /sys.
 func buildHelperRoot() error {
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
 		return fmt.Errorf("make mounts private: %w", err)
@@ -107,7 +107,6 @@ func buildHelperRoot() error {
 		{helperRoot, helperRoot, "", unix.MS_BIND, ""},
 		{"", helperRoot, "", unix.MS_BIND | unix.MS_REMOUNT | unix.MS_RDONLY | unix.MS_NOSUID | unix.MS_NODEV, ""},
 		{"tmpfs", at("dev"), "tmpfs", unix.MS_NOSUID | unix.MS_NOEXEC, "mode=0755,size=64k,nr_inodes=32"},
-		{"proc", at("proc"), "proc", safe | unix.MS_RDONLY, "hidepid=invisible"},
 	} {
 		if err := unix.Mount(m.source, m.target, m.fstype, m.flags, m.data); err != nil {
 			return fmt.Errorf("mount %s: %w", m.target, err)

@@ -15,8 +15,8 @@ import (
 	"chrysalis/verity/disk"
 )
 
-// helperMounts are what the helper's sandbox mounts over in its root.
-var helperMounts = []string{"dev", "proc"}
+// helperDev is what the helper's sandbox mounts over in its root.
+const helperDev = driver.HelperRoot + "/dev"
 
 // addDriver puts a GPU driver's folder, which is laid out as driver.Dir is on a
 // disk, among an engine's files.
@@ -54,19 +54,11 @@ func (i *Info) addDriver(ctx context.Context, entries []disk.Entry, o Options) (
 			e.Size = int64(len(description))
 			e.Open = func() (disk.Content, error) { return noClose{strings.NewReader(string(description))}, nil }
 		}
-		inMount := false
-		for _, m := range helperMounts {
-			at := path.Join(driver.HelperRoot, m)
-			inMount = inMount || e.Path == at || strings.HasPrefix(e.Path, at+"/")
-		}
-		if !inMount {
+		if e.Path != helperDev && !strings.HasPrefix(e.Path, helperDev+"/") {
 			entries = append(entries, e)
 		}
 	}
-	for _, m := range helperMounts {
-		entries = append(entries, disk.Entry{Path: path.Join(driver.HelperRoot, m), Mode: fs.ModeDir | 0o755})
-	}
-	return entries, nil
+	return append(entries, disk.Entry{Path: helperDev, Mode: fs.ModeDir | 0o755}), nil
 }
 
 // checkDriverRIM refuses NVIDIA's RIM of another driver, and says when it is not

@@ -53,10 +53,8 @@ func TestGPUDriver(t *testing.T) {
 			t.Errorf("%s is %q, expected %q", path, got[path], want)
 		}
 	}
-	for _, mount := range []string{"/dev", "/proc"} {
-		if at, ok := got[driver.HelperRoot+mount+"/"]; !ok {
-			t.Errorf("no folder %s for the helper: %q", mount, at)
-		}
+	if _, ok := got[driver.HelperRoot+"/dev/"]; !ok {
+		t.Error("the helper has no /dev")
 	}
 	d, err := driver.Parse([]byte(got[driver.Path]))
 	if err != nil || len(d.Modules) != 2 || d.Modules[0].Size == 0 {
