@@ -21,6 +21,10 @@ import (
 // NonceSize random bytes in base64url.
 const Path = "/.well-known/attestation"
 
+// GPUCollateralPath is where the inference port serves what the GPUs of the VM are
+// judged by (package attest/nvidia, Collateral); it is not there without GPUs.
+const GPUCollateralPath = "/.well-known/gpu-collateral"
+
 // Bounds and sizes.
 const (
 	Version   = 1
