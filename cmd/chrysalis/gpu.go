@@ -13,6 +13,7 @@ import (
 	"text/tabwriter"
 
 	"chrysalis/attest/nvidia"
+	"chrysalis/attest/nvidia/fetch"
 	"chrysalis/launcher"
 	"chrysalis/launcher/gpu"
 	"chrysalis/terminal"
@@ -159,7 +160,7 @@ func (c *GPUCollateralCmd) Run(ctx context.Context) error {
 	} else if !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	fetched, err := gpu.NVIDIA().Collateral(ctx, e, have, func(what string) { fmt.Fprintln(os.Stderr, terminal.Line(what)) })
+	fetched, err := fetch.NVIDIA().Collateral(ctx, e, have, func(what string) { fmt.Fprintln(os.Stderr, terminal.Line(what)) })
 	if err != nil {
 		return err
 	}
