@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"time"
 
+	"chrysalis/attest/nvidia"
 	"chrysalis/measure/record"
 )
 
@@ -71,7 +72,9 @@ const (
 	CheckDisks    Name = "disks"
 	CheckEngine   Name = "engine"
 	CheckModel    Name = "model"
-	CheckGPU      Name = "gpu"
+	// CheckGPU is followed by those of package attest/nvidia, under their names, where
+	// there are GPUs.
+	CheckGPU Name = "gpu"
 )
 
 // titles say what holds when a check passes.
@@ -103,7 +106,7 @@ var titles = map[Name]string{
 	CheckDisks:       "the disks are those of the manifest",
 	CheckEngine:      "the engine is approved",
 	CheckModel:       "the model is approved",
-	CheckGPU:         "no GPU is there that was not checked",
+	CheckGPU:         "the VM has the GPUs that the manifest asks for",
 }
 
 var (
@@ -144,7 +147,8 @@ func (c Check) String() string {
 type Verdict struct {
 	OK bool `json:"ok"` // every check passed
 	// Confidential says that the owner of the machine cannot read what the VM is
-	// asked. Evidence of a TPM, or under another root than Intel's, never proves it.
+	// asked. Evidence of a TPM, or under another root than Intel's and NVIDIA's, never
+	// proves it, and neither do GPUs in protected PCIe.
 	Confidential bool            `json:"confidential"`
 	Platform     record.Platform `json:"platform,omitempty"`
 	At           time.Time       `json:"at"`
@@ -161,6 +165,7 @@ type Verdict struct {
 	TLSKey     record.Hex   `json:"tls_key,omitempty"`     // SHA-256 of the SPKI
 	ReceiptKey record.Hex   `json:"receipt_key,omitempty"` // Ed25519
 	ModelRoots []record.Hex `json:"model_roots,omitempty"` // root hashes, in Models' order
+	GPUs       []GPU        `json:"gpus,omitempty"`        // by PCI address
 }
 
 // Refused reports whether a check failed, rather than could not be made.
@@ -282,6 +287,11 @@ func (r *run) finish(all []Name) *Verdict {
 		}
 		if !found {
 			checks = append(checks, Check{Name: name, Title: titles[name], Status: NotRun})
+		}
+	}
+	for _, c := range v.Checks {
+		if gpuTitles[nvidia.Check(c.Name)] != "" { // in their order already, and last
+			checks = append(checks, c)
 		}
 	}
 	v.Checks = checks

@@ -49,7 +49,7 @@ func unverified(g *GPU) (*Report, string, error) {
 // verify, because only those say which answers of whom count.
 func (v *Verifier) Select(e *Evidence) (*Collateral, error) {
 	out := &Collateral{Version: Version, RIMs: []evidence.Bytes{}, OCSP: []evidence.Bytes{}}
-	var rims [][]byte
+	var rims []*RIM
 	seen := map[string]bool{}
 	for i := range e.GPUs {
 		r, chipName, err := unverified(&e.GPUs[i])
@@ -60,13 +60,13 @@ func (v *Verifier) Select(e *Evidence) (*Collateral, error) {
 			for _, rim := range v.rims[key] {
 				if !seen[string(rim.raw)] {
 					seen[string(rim.raw)] = true
-					rims = append(rims, rim.raw)
+					rims = append(rims, rim)
 					out.RIMs = append(out.RIMs, rim.raw)
 				}
 			}
 		}
 	}
-	links, err := v.Links(e, rims)
+	links, err := v.linksOf(e, rims)
 	if err != nil {
 		return nil, err
 	}
@@ -99,6 +99,17 @@ type Link struct{ Certificate, Issuer *x509.Certificate }
 // above a GPU's own, and those that signed a RIM, the roots left out. It verifies
 // the chains.
 func (v *Verifier) Links(e *Evidence, rims [][]byte) ([]Link, error) {
+	parsed := make([]*RIM, len(rims))
+	for i, data := range rims {
+		var err error
+		if parsed[i], err = parseRIM(data, v.rimRoots, &v.links); err != nil {
+			return nil, fmt.Errorf("RIM %d: %w", i, err)
+		}
+	}
+	return v.linksOf(e, parsed)
+}
+
+func (v *Verifier) linksOf(e *Evidence, rims []*RIM) ([]Link, error) {
 	var out []Link
 	seen := map[string]bool{}
 	add := func(chain []*x509.Certificate) {
@@ -116,11 +127,7 @@ func (v *Verifier) Links(e *Evidence, rims [][]byte) ([]Link, error) {
 		}
 		add(chain[1:])
 	}
-	for i, data := range rims {
-		rim, err := parseRIM(data, v.rimRoots, &v.links)
-		if err != nil {
-			return nil, fmt.Errorf("RIM %d: %w", i, err)
-		}
+	for _, rim := range rims {
 		add(rim.chain)
 	}
 	return out, nil

@@ -213,12 +213,15 @@ func (v *Verifier) Verify(data []byte, p Policy) (*Result, error) {
 	}
 	out := &Result{GPUs: make([]Verified, len(e.GPUs))}
 	refusals := make([]*Refusal, len(e.GPUs))
-	_ = parallel(len(e.GPUs), func(i int) error {
+	err = parallel(len(e.GPUs), func(i int) error {
 		if check, err := v.verifyGPU(&e.GPUs[i], &p, &out.GPUs[i]); err != nil {
 			refusals[i] = &Refusal{Check: check, GPU: i, Err: err}
 		}
 		return nil
 	})
+	if err != nil {
+		return set(CheckEvidence, err)
+	}
 	if r := first(append(refusals, duplicate(e))); r != nil {
 		return nil, r
 	}
@@ -469,19 +472,29 @@ func checkIdentities(out *Result, recorded [][]byte) error {
 }
 
 // parallel calls f for 0 to n-1 on all processors and returns the error of the
-// lowest index.
+// lowest index. A panic, which hostile input may cause in a parser that is not ours,
+// is an error: nobody above could catch it.
 func parallel(n int, f func(int) error) error {
 	errs := make([]error, n)
-	if n == 1 {
-		return f(0)
+	contained := func(i int) {
+		defer func() {
+			if p := recover(); p != nil {
+				errs[i] = fmt.Errorf("part %d is malformed in a way that the parser does not expect", i)
+			}
+		}()
+		errs[i] = f(i)
 	}
 	slots := make(chan struct{}, runtime.GOMAXPROCS(0))
 	var group sync.WaitGroup
 	for i := range n {
+		if n == 1 {
+			contained(i)
+			break
+		}
 		slots <- struct{}{}
 		group.Go(func() {
 			defer func() { <-slots }()
-			errs[i] = f(i)
+			contained(i)
 		})
 	}
 	group.Wait()
