@@ -333,22 +333,6 @@ var attacks = []struct {
 		s.vm.Manifest.Models = append(s.vm.Manifest.Models, m)
 		s.vm.Boot()
 	}},
-	{"GPUs, which cannot be checked", record.TDX, attest.CheckDisks, func(s *scene) {
-		s.vm.Manifest.GPUs = 1
-		s.vm.Boot()
-	}},
-	{"GPUs that were measured", record.TDX, attest.CheckGPU, func(s *scene) {
-		s.vm.Manifest.GPUs = 1
-		encoded, err := s.vm.Manifest.Encode()
-		if err != nil {
-			panic(err)
-		}
-		s.vm.Events, err = cel.Boot(encoded, s.vm.Manifest, [][]byte{[]byte("{}")})
-		if err != nil {
-			panic(err)
-		}
-		s.vm.Sign = func(d *evidence.Document) { d.GPU = []byte("{}") }
-	}},
 	{"no record at all", record.TDX, attest.CheckMRTD, func(s *scene) { s.client.Records = nil }},
 
 	{"a TPM's evidence where TDX is required", record.TPM, attest.CheckPlatform, func(s *scene) { s.client.Policy = attest.NewPolicy() }},

@@ -29,6 +29,9 @@ const DefaultGPUMaxOCSPAge = 24 * time.Hour
 // maxGPUOCSPAge bounds what a policy may make of it.
 const maxGPUOCSPAge = 90 * 24 * time.Hour
 
+// nvidiaRoots are the roots of GPUs and RIMs unless a policy says otherwise.
+var nvidiaRoots = nvidia.NVIDIARoots
+
 // gpuTitles say what holds when a check of package attest/nvidia passes.
 var gpuTitles = map[nvidia.Check]string{
 	nvidia.CheckEvidence:     "the GPUs' evidence is well formed",
@@ -158,7 +161,7 @@ func (r *run) verifyGPUs(ctx context.Context, d *evidence.Document, m *manifest.
 			Mode: mode, MultiGPU: g.Identity.MultiGPU, Device: device, Measurements: g.Compared,
 		})
 	}
-	if !in.Policy.nvidiaRoots() {
+	if !in.Policy.onlyNVIDIA() {
 		r.verdict.Confidential = false
 	}
 }
@@ -227,12 +230,12 @@ func (p *Policy) gpuPolicy(d *evidence.Document, now time.Time) nvidia.Policy {
 	}
 }
 
-// nvidiaRoots reports whether the policy trusts NVIDIA's roots and no others.
-func (p *Policy) nvidiaRoots() bool { return len(p.GPUDeviceRoots) == 0 && len(p.GPURIMRoots) == 0 }
+// onlyNVIDIA reports whether the policy trusts NVIDIA's roots and no others.
+func (p *Policy) onlyNVIDIA() bool { return len(p.GPUDeviceRoots) == 0 && len(p.GPURIMRoots) == 0 }
 
 // gpuRoots are the roots of GPUs and RIMs that the policy trusts.
 func (p *Policy) gpuRoots() nvidia.Roots {
-	roots := nvidia.NVIDIARoots()
+	roots := nvidiaRoots()
 	for _, r := range []struct {
 		from []record.Hex
 		to   *[][32]byte
