@@ -41,6 +41,7 @@ type Options struct {
 	Policy     *attest.Policy
 	Records    []*record.File
 	Collateral attest.Source
+	GPU        *attest.GPUCollateral
 	// Token, if there is one, is sent to the workers in place of what the client
 	// sends as its API key.
 	Token string

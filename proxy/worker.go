@@ -46,7 +46,7 @@ type worker struct {
 func newWorker(p *Proxy, endpoint string) *worker {
 	w := &worker{proxy: p, endpoint: endpoint, state: unknown, wake: make(chan struct{}, 1)}
 	w.transport = &attest.Transport{
-		Policy: p.options.Policy, Records: p.options.Records, Collateral: p.options.Collateral, IdleConns: 256,
+		Policy: p.options.Policy, Records: p.options.Records, Collateral: p.options.Collateral, GPU: p.options.GPU, IdleConns: 256,
 		Verified: w.judged,
 	}
 	return w

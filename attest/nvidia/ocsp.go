@@ -83,7 +83,7 @@ func (v *Verifier) checkRevocation(chain []*x509.Certificate, at time.Time, p *P
 		if problem == nil {
 			problem = &MissingError{fmt.Errorf("there is no OCSP response for certificate %s", name(c))}
 		}
-		return fmt.Errorf("%w; fetch the collateral again", problem)
+		return fmt.Errorf("%w; fetch the collateral again, with 'chrysalis gpu collateral'", problem)
 	}
 	return nil
 }

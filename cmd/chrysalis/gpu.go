@@ -12,6 +12,7 @@ import (
 	"strings"
 	"text/tabwriter"
 
+	"chrysalis/attest/evidence"
 	"chrysalis/attest/nvidia"
 	"chrysalis/attest/nvidia/fetch"
 	"chrysalis/launcher"
@@ -138,17 +139,17 @@ func carryOut(ctx context.Context, plan *gpu.Plan, dry bool, done string) error 
 
 // GPUCollateralCmd fetches collateral.
 type GPUCollateralCmd struct {
-	Evidence string `arg:"" type:"existingfile" help:"Evidence of GPUs, the field gpu of a VM's evidence: it says what to ask for."`
+	Evidence string `arg:"" type:"existingfile" help:"Evidence of a VM with GPUs, like evidence.json of 'verify --save', or its field gpu alone: it says what to ask for."`
 	Out      string `short:"o" required:"" placeholder:"FILE" help:"Where it goes; RIMs in a file that is there are kept."`
 }
 
 // Run fetches, verifies and writes.
 func (c *GPUCollateralCmd) Run(ctx context.Context) error {
-	data, err := readFile(c.Evidence, nvidia.MaxEvidenceSize)
+	data, err := readFile(c.Evidence, evidence.MaxSize)
 	if err != nil {
 		return err
 	}
-	e, err := nvidia.ParseEvidence(data)
+	e, err := gpuEvidence(data)
 	if err != nil {
 		return fmt.Errorf("%s: %w", c.Evidence, err)
 	}
@@ -173,4 +174,15 @@ func (c *GPUCollateralCmd) Run(ctx context.Context) error {
 		return err
 	}
 	return os.Rename(c.Out+".new", c.Out)
+}
+
+// gpuEvidence reads the GPUs' evidence, alone or within a VM's.
+func gpuEvidence(data []byte) (*nvidia.Evidence, error) {
+	if d, err := evidence.Parse(data); err == nil {
+		if d.GPU == nil {
+			return nil, errors.New("it is of a VM without GPUs")
+		}
+		data = d.GPU
+	}
+	return nvidia.ParseEvidence(data)
 }
