@@ -308,48 +308,56 @@ func TestGPURefusedAnyway(t *testing.T) {
 	s.nothingSent(t)
 }
 
-// TestGPUHostileAnswers has answers to the question for collateral after which the
-// connection is not used.
+// TestGPUHostileAnswers has answers to the question for collateral that are as good
+// as none: the VM is refused, or judged by what comes from elsewhere.
 func TestGPUHostileAnswers(t *testing.T) {
+	endless := func(w http.ResponseWriter) {
+		for {
+			if _, err := w.Write(make([]byte, 1<<16)); err != nil {
+				return
+			}
+		}
+	}
 	for name, tt := range map[string]struct {
 		answer func(w http.ResponseWriter, r *http.Request)
 		says   string
 	}{
 		"1 GB": {func(w http.ResponseWriter, _ *http.Request) {
 			w.Header().Set("Content-Length", "1073741824")
-			for {
-				if _, err := w.Write(make([]byte, 1<<16)); err != nil {
-					return
-				}
-			}
+			endless(w)
 		}, "more than"},
-		"a long refusal": {func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(404); w.Write(make([]byte, 1<<20)) }, "more than"},
+		"endless":        {func(w http.ResponseWriter, _ *http.Request) { endless(w) }, "more than"},
+		"a long refusal": {func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusTeapot); endless(w) }, "answered 418"},
 		"nothing":        {func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() }, "in time"},
 		"a connection that closes": {func(w http.ResponseWriter, _ *http.Request) {
 			w.Header().Set("Connection", "close")
-			w.WriteHeader(404)
-		}, "keep the connection"},
-		"an answer before the question": {func(w http.ResponseWriter, _ *http.Request) {
-			conn, _, err := http.NewResponseController(w).Hijack()
-			if err != nil {
-				panic(err)
-			}
-			defer conn.Close()
-			io.WriteString(conn, "HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
-		}, "keep the connection"},
+			w.WriteHeader(http.StatusNotFound)
+		}, "carries no GPU collateral"},
+		"an end in between": {func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("Content-Length", "1000")
+			w.Write(make([]byte, 10))
+			panic(http.ErrAbortHandler)
+		}, "the VM: "},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			s := newGPUScene(t, record.TDX, 1)
 			if tt.says == "in time" {
-				s.client.Timeout = time.Second
+				s.client.Timeout = 2 * time.Second
 			}
-			s.client.Verified = func(got *attest.Session) { t.Errorf("a verdict: %+v", got.Verdict) }
 			s.server.GPUCollateral = tt.answer
-			if err := s.ask(); err == nil || !strings.Contains(err.Error(), "GPU collateral of ") || !strings.Contains(err.Error(), tt.says) {
-				t.Errorf("error %v does not say %q", err, tt.says)
+			refused, ok := errors.AsType[*attest.RefusedError](s.ask())
+			if !ok || refused.Verdict.Failed != "gpu-revocation" || !strings.Contains(refused.Error(), tt.says) {
+				t.Fatalf("error %v does not say %q", refused, tt.says)
 			}
 			s.onlyAsked(t)
+			if tt.says == "in time" {
+				return
+			}
+			s.client.GPU = &attest.GPUCollateral{Fetch: &fetcher{s: s, t: t}}
+			if err := s.ask(); err != nil {
+				t.Error(err)
+			}
 		})
 	}
 }

@@ -314,21 +314,13 @@ func (t *Transport) verify(ctx context.Context, conn net.Conn, host string, key 
 	begin = time.Now()
 	var records []*record.File
 	records, s.epoch = t.records()
-	var broken error
 	in := Input{
 		Policy: t.Policy, Records: records, Collateral: t.Collateral, GPU: t.GPU, Nonce: s.Nonce, TLSKey: key, Time: t.clock(),
-		carried: func(context.Context) (c *nvidia.Collateral, err error) {
-			if c, broken, err = fetchGPUCollateral(conn, host); broken != nil {
-				err = broken
-			}
-			return c, err
+		carried: func(ctx context.Context) (*nvidia.Collateral, error) {
+			return t.fetchGPUCollateral(ctx, host, deadline)
 		},
 	}
 	s.Verdict = verifyAll(ctx, s.Document, &in)
-	if broken != nil {
-		// Nothing can be sent over this connection now, whatever the verdict.
-		return nil, fmt.Errorf("GPU collateral of %s: %w", host, broken)
-	}
 	s.Collateral, s.gpu = in.used, in.usedGPU
 	s.Took = time.Since(begin)
 	if t.Verified != nil {
@@ -337,20 +329,29 @@ func (t *Transport) verify(ctx context.Context, conn net.Conn, host string, key 
 	return s, s.Verdict.Err()
 }
 
-// fetchGPUCollateral asks a VM for the collateral that it carries. broken says that
-// the connection cannot be used any more.
-func fetchGPUCollateral(conn net.Conn, host string) (c *nvidia.Collateral, broken, err error) {
-	status, data, broken := get(conn, host, evidence.GPUCollateralPath, nvidia.MaxCollateralSize)
-	switch {
-	case broken != nil:
-		return nil, broken, nil
-	case status == http.StatusNotFound:
-		return nil, nil, nil
-	case status != http.StatusOK:
-		return nil, nil, fmt.Errorf("it answered %d to the question for GPU collateral", status)
+// fetchGPUCollateral asks a VM for the collateral that it carries. It asks over a
+// connection of its own: who answers need not be trusted, and whatever the answer
+// is, the connection that the evidence came over can still be used.
+func (t *Transport) fetchGPUCollateral(ctx context.Context, host string, deadline time.Time) (*nvidia.Collateral, error) {
+	conn, _, _, err := t.dial(ctx, "tcp", host)
+	if err != nil {
+		return nil, err
 	}
-	c, err = nvidia.ParseCollateral(data)
-	return c, nil, err
+	defer conn.Close()
+	// A VM that does not answer must leave time to ask NVIDIA.
+	conn.SetDeadline(time.Now().Add(time.Until(deadline) / 2))
+	stop := context.AfterFunc(ctx, func() { conn.SetDeadline(time.Unix(1, 0)) })
+	defer stop()
+	status, data, err := get(conn, host, evidence.GPUCollateralPath, nvidia.MaxCollateralSize)
+	switch {
+	case status == http.StatusNotFound:
+		return nil, nil
+	case status != 0 && status != http.StatusOK:
+		return nil, fmt.Errorf("it answered %d to the question for GPU collateral", status)
+	case err != nil:
+		return nil, err
+	}
+	return nvidia.ParseCollateral(data)
 }
 
 // fetch asks for evidence.

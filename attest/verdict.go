@@ -128,7 +128,8 @@ type Check struct {
 	Expected string `json:"expected,omitempty"`
 	Found    string `json:"found,omitempty"`
 
-	Took time.Duration `json:"-"` // how long the check took
+	// Took is how long the check took; CheckGPU's is that of all checks of GPUs.
+	Took time.Duration `json:"-"`
 }
 
 // String is one line, without expected and found.
