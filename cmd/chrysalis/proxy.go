@@ -30,7 +30,7 @@ func (f *workerFlags) open(ctx context.Context, tokenFile string, loopback bool)
 	if err != nil {
 		return nil, nil, err
 	}
-	options := proxy.Options{Policy: t.policy, Records: t.records, Collateral: t.collateral, Loopback: loopback}
+	options := proxy.Options{Policy: t.policy, Records: t.records, Collateral: t.collateral, GPU: t.gpu, Loopback: loopback}
 	options.Verified = (&verdictLog{w: os.Stderr, last: map[string]string{}}).note
 	if options.Token, err = readToken(tokenFile); err != nil {
 		return nil, nil, err

@@ -2,6 +2,8 @@ package main
 
 import (
 	"encoding/json"
+	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"strings"
@@ -127,6 +129,35 @@ func TestVerify(t *testing.T) {
 	unchecked := &attest.Verdict{Checks: []attest.Check{{Name: attest.CheckTCB, Status: attest.Unchecked}}}
 	if exitCode(verdictError(unchecked)) != exitNotChecked {
 		t.Error("what could not be checked is not told from what is refused")
+	}
+}
+
+// The proxy judges GPUs by the file that it is given.
+func TestProxyGPUs(t *testing.T) {
+	t.Setenv("XDG_CACHE_HOME", t.TempDir())
+	vm := attesttest.NewVM(record.TPM)
+	vm.AddGPUs(1)
+	f := workerFlags{trustFlags: files(t, vm)}
+	data, err := vm.Carried.Encode()
+	if err != nil {
+		t.Fatal(err)
+	}
+	vm.Carried = nil
+	f.GPUCollateral = filepath.Join(t.TempDir(), "gpu.json")
+	if err := os.WriteFile(f.GPUCollateral, data, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	s := attesttest.Serve(vm)
+	defer s.Close()
+	f.Worker = []string{s.URL}
+	p, _, err := f.open(t.Context(), "", false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	out := httptest.NewRecorder()
+	p.ServeHTTP(out, httptest.NewRequest(http.MethodGet, "/v1/models", nil))
+	if out.Code != http.StatusOK {
+		t.Errorf("%d %s", out.Code, out.Body)
 	}
 }
 
