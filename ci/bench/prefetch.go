@@ -55,7 +55,7 @@ func (h host) prefetch() error {
 	for _, m := range regexp.MustCompile(`bench read_ahead_kib=(\d+) raw_mb_s=([0-9.]+) verity_mb_s=([0-9.]+)`).FindAllStringSubmatch(console, -1) {
 		raw, _ := strconv.ParseFloat(m[2], 64)
 		verity, _ := strconv.ParseFloat(m[3], 64)
-		figure(fmt.Sprintf("in the VM, emulated, disk of %.0f MB/s: reading in order through dm-verity, read-ahead %s KiB, median of 3", diskRate/1e6, m[1]), "MB/s", verity)
+		figure(fmt.Sprintf("in the VM, %s, disk of %.0f MB/s: reading in order through dm-verity, read-ahead %s KiB, median of 3", strings.ToUpper(*accel), diskRate/1e6, m[1]), "MB/s", verity)
 		figure("the same, in times of the raw disk", "", verity/raw)
 	}
 	ready := map[string][]float64{}
@@ -82,7 +82,7 @@ func (h host) prefetch() error {
 // prefetchBoot boots the bench image with a model on a slow disk, and returns what
 // its console had when it was ready.
 func (h host) prefetchBoot(disk string) (string, error) {
-	if _, err := h.run("up", "grown", "--accel", "tcg", "--listen", "127.0.0.1:0", "--timeout", "9m", "--image", "out/chrysalis-bench.efi",
+	if _, err := h.run("up", "grown", "--accel", *accel, "--listen", "127.0.0.1:0", "--timeout", "9m", "--image", "out/chrysalis-bench.efi",
 		"--engine", "out/llama.cpp.disk", "--model", disk, "--parameter", "context=256", "--disk-rate", strconv.Itoa(diskRate)); err != nil {
 		return "", err
 	}
