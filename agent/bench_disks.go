@@ -35,7 +35,7 @@ func init() {
 }
 
 // benchBytes is how much is read each time.
-const benchBytes = 32 << 20
+const benchBytes = 16 << 20
 
 func (a *agent) measureDisks(context.Context) error {
 	revision := a.manifest.Models[0].Revision

@@ -109,8 +109,13 @@ func memoryDir(size int64) string {
 	if err := syscall.Statfs("/dev/shm", &st); err != nil || int64(st.Bavail)*st.Bsize < size {
 		return ""
 	}
-	var info syscall.Sysinfo_t
-	if err := syscall.Sysinfo(&info); err != nil || int64(info.Freeram)*int64(info.Unit) < size+2*gib {
+	data, err := os.ReadFile("/proc/meminfo")
+	if err != nil {
+		return ""
+	}
+	_, rest, _ := strings.Cut(string(data), "MemAvailable:")
+	var kib int64
+	if _, err := fmt.Sscan(rest, &kib); err != nil || kib<<10 < size+2*gib {
 		return ""
 	}
 	return "/dev/shm"
