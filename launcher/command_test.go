@@ -34,6 +34,7 @@ func TestCommandGolden(t *testing.T) {
 		{"tcg-small", small, Artefacts{Platform: PlatformTCG, Transport: TransportUser, Firmware: tpmFirmware, Disks: 3, ManifestSHA384: testManifestHash(), GuestCID: 3}},
 		{"tdx-small-from-disk", small, Artefacts{Platform: PlatformTDX, Transport: TransportKernel, Firmware: insideFirmware, Disks: 1, FromDisk: true, ManifestSHA384: testManifestHash(), GuestCID: 4711}},
 		{"tcg-small-18-disks", small, Artefacts{Platform: PlatformTCG, Transport: TransportUser, Firmware: tpmFirmware, Disks: 18, ManifestSHA384: testManifestHash(), GuestCID: 3}},
+		{"tcg-small-disk-rate", small, Artefacts{Platform: PlatformTCG, Transport: TransportUser, Firmware: tpmFirmware, Disks: 3, ManifestSHA384: testManifestHash(), GuestCID: 3, DiskRate: 32e6}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			if err := tt.art.Check(tt.shape); err != nil {
@@ -97,6 +98,7 @@ func TestArtefactsCheck(t *testing.T) {
 		{"good", small, func(*Artefacts) {}, ""},
 		{"unknown platform", small, func(a *Artefacts) { a.Platform = "xen" }, "no platform"},
 		{"TD without a kernel transport", small, func(a *Artefacts) { a.Platform = PlatformTDX; a.Transport = TransportUser }, "vhost-vsock"},
+		{"a disk rate below zero", small, func(a *Artefacts) { a.DiskRate = -1 }, "disk rate"},
 		{"no model", small, func(a *Artefacts) { a.Disks = 2 }, "2 disks"},
 		{"17 models", small, func(a *Artefacts) { a.Disks = 19 }, "19 disks"},
 		{"the host's address", small, func(a *Artefacts) { a.GuestCID = 2 }, "reserved"},

@@ -41,6 +41,7 @@ type config struct {
 	Disks          []string      `json:"disks"`              // manifest, engine, models
 	ManifestSHA384 [48]byte      `json:"manifest_sha384"`
 	GPUs           []string      `json:"gpus,omitempty"`
+	DiskRate       int64         `json:"disk_rate,omitempty"` // bytes a second
 	Listen         string        `json:"listen"`
 	Replaces       string        `json:"replaces,omitempty"` // the run that this one takes over from
 	Handover       bool          `json:"handover,omitempty"` // and whose listening socket it takes
@@ -404,6 +405,7 @@ func (s *supervisor) boot(v *vm, platform Platform) error {
 		ManifestSHA384: s.cfg.ManifestSHA384,
 		GuestCID:       cid,
 		GPUs:           s.cfg.GPUs,
+		DiskRate:       s.cfg.DiskRate,
 	}
 	if platform == PlatformTDX {
 		if s.cfg.Firmware == "" {

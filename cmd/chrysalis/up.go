@@ -35,6 +35,7 @@ type UpCmd struct {
 	Shape     string           `default:"small" help:"The VM's shape, one of those below (default: ${default})."`
 	GPU       []string         `name:"gpu" placeholder:"PCI-ADDRESS" sep:"none" help:"A GPU to pass through, like 0000:b8:00.0; repeat it for more."`
 	GPUs      int              `name:"gpus" placeholder:"N" help:"Pass through as many of the GPUs that 'gpu prepare' made ready, in a shape that has them."`
+	DiskRate  int64            `hidden:"" placeholder:"BYTES" help:"Read all disks together at no more than this a second."`
 	Listen    string           `placeholder:"HOST:PORT" help:"Where clients connect; port 0 picks a free one (default: 127.0.0.1:8443, or where the replaced VM listens)."`
 	Accel     string           `enum:"auto,tdx,kvm,tcg" default:"auto" help:"Accelerator: auto takes TDX, or else KVM where it really works, or else TCG (default: ${default})."`
 	Firmware  string           `placeholder:"FILE" help:"The TDX firmware that belongs to the image; needed on TDX only."`
@@ -103,7 +104,7 @@ func (c *UpCmd) Run(ctx context.Context) error {
 	return c.run(ctx, predict, func() (*launcher.Instance, error) {
 		return c.boot(ctx, launcher.Options{
 			Name: c.Name, Image: c.Image, Firmware: c.Firmware, Engine: c.Engine, Models: models,
-			Manifest: c.Manifest, Parameters: c.Parameter, Tokens: tokens, Shape: c.Shape, GPUs: c.GPU,
+			Manifest: c.Manifest, Parameters: c.Parameter, Tokens: tokens, Shape: c.Shape, GPUs: c.GPU, DiskRate: c.DiskRate,
 			Accel: launcher.Accel(c.Accel), Listen: c.Listen, Replace: c.Replace,
 			Timeout: c.Timeout, Drain: c.Drain, Tools: tools,
 		})
