@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"crypto/x509"
 	"encoding/json"
 	"fmt"
 	"net"
@@ -84,6 +85,7 @@ type diskVM struct {
 	ended  chan struct{}
 	qmp    net.Conn
 	in     *bufio.Reader
+	root   *x509.Certificate // of its TPM
 }
 
 // bootDisk starts QEMU with the launcher's command line for a VM that starts from
@@ -111,6 +113,7 @@ func startQEMU(t *testing.T, argv []string, binds ...toolsroot.Bind) *diskVM {
 	if err != nil {
 		t.Fatal(err)
 	}
+	vm.root = ca.Certificate
 	if err := softtpm.Make(t.Context(), tools, state, ca); err != nil {
 		t.Fatal(err)
 	}
