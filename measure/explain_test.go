@@ -168,10 +168,25 @@ func TestExplain(t *testing.T) {
 						t.Errorf("%+v", v)
 					}
 				}
-				if want := map[record.Platform]int{record.TPM: 4, record.TDX: 3}[platform]; len(x.Values) != want {
+				if want := map[record.Platform]int{record.TPM: 5, record.TDX: 3}[platform]; len(x.Values) != want {
 					t.Errorf("%d values, expected %d", len(x.Values), want)
 				}
 			})
+		}
+		// A machine that no shape fits is compared with the smallest.
+		tie := *f
+		large := f.Shapes[0]
+		large.Name, large.VCPUs = "a-large-one", 16
+		tie.Shapes = append([]record.Shape{large}, f.Shapes...)
+		for _, e := range f.Events {
+			if e.Shape == "small" {
+				e.Shape = large.Name
+				tie.Events = append(tie.Events, e)
+			}
+		}
+		log := logOf(t, a, other(func(s *System) { s.Tables.Files["etc/acpi/tables"] = []byte("others") }))
+		if x, err := Explain(&tie, Observed{Log: log}, "", nil); err != nil || x.Shape != "small" {
+			t.Errorf("%v, %+v", err, x)
 		}
 		if _, err := Explain(f, Observed{Log: logOf(t, a, nil)}, "large", nil); err == nil {
 			t.Error("a shape that the record does not have")

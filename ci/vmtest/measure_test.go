@@ -178,36 +178,42 @@ func TestPredictedKernel(t *testing.T) {
 	}
 }
 
-// What is predicted is what a VM measures that was started from an exported
-// disk.
+// What is predicted is what VMs of two shapes measure that were started from an
+// exported disk.
 func TestPredictedDisk(t *testing.T) {
 	h := newHost(t)
-	disk := filepath.Join(t.TempDir(), "export.raw")
-	if r := h.run(2*time.Minute, "image", "export", "-o", disk, "--image", uki, "--engine", llama, "--model", demo); r.code != 0 {
+	exported := filepath.Join(t.TempDir(), "export.raw")
+	if r := h.run(2*time.Minute, "image", "export", "-o", exported, "--image", uki, "--engine", llama, "--model", demo); r.code != 0 {
 		t.Fatalf("export: %s", r)
 	}
-	p := predict(t, record.BootDisk, disk, "small")
-	vm := bootDisk(t, disk)
-	c := newClient(t, "https://vm")
-	c.http.Transport.(*http.Transport).DialContext = func(ctx context.Context, _, _ string) (net.Conn, error) {
-		return vm.dialer.Dial(ctx, guest.PortInference)
+	p := predict(t, record.BootDisk, exported, "small", "medium")
+	for _, shape := range []string{"small", "medium"} {
+		t.Run(shape, func(t *testing.T) {
+			disk := filepath.Join(t.TempDir(), "copy.raw") // the VM can write to it
+			changeFile(t, exported, disk, nil)
+			vm := bootDisk(t, shape, disk)
+			c := newClient(t, "https://vm")
+			c.http.Transport.(*http.Transport).DialContext = func(ctx context.Context, _, _ string) (net.Conn, error) {
+				return vm.dialer.Dial(ctx, guest.PortInference)
+			}
+			vm.await(func() bool {
+				ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+				defer cancel()
+				req, err := http.NewRequestWithContext(ctx, http.MethodGet, "https://vm/v1/models", nil)
+				if err != nil {
+					t.Fatal(err)
+				}
+				resp, err := c.http.Do(req)
+				if err != nil {
+					return false
+				}
+				resp.Body.Close()
+				return resp.StatusCode == http.StatusOK
+			})
+			checkPrediction(t, h, p, shape, fetchEvidence(t, c), vm.root)
+			vm.powerOff()
+		})
 	}
-	vm.await(func() bool {
-		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
-		defer cancel()
-		req, err := http.NewRequestWithContext(ctx, http.MethodGet, "https://vm/v1/models", nil)
-		if err != nil {
-			t.Fatal(err)
-		}
-		resp, err := c.http.Do(req)
-		if err != nil {
-			return false
-		}
-		resp.Body.Close()
-		return resp.StatusCode == http.StatusOK
-	})
-	checkPrediction(t, h, p, "small", fetchEvidence(t, c), vm.root)
-	vm.powerOff()
 }
 
 // change is one thing that is not as it was measured.
@@ -253,8 +259,8 @@ func TestExplainChanges(t *testing.T) {
 		}, cause: "another image: its section .osrel differs", registers: []int{4, 9, 11}, refused: attest.CheckPCR4},
 		{name: "command line", argv: add("-append", "console=ttyS0 init=/bin/sh"), cause: "kernel command line: the host gave another one \"console=ttyS0 init=/bin/sh\"", registers: []int{9, 12}, refused: attest.CheckPCR9},
 		{name: "second initrd", argv: extraInitrd, cause: "initrd: the image was started, refused to go on", registers: []int{4, 9}, refused: attest.CheckPCR4, returns: true},
-		{name: "SMBIOS strings", argv: add("-smbios", "type=11,value=io.systemd.stub.kernel-cmdline-extra=debug"), cause: "kernel command line: the host gave another one in SMBIOS strings \"debug\"", registers: []int{9, 12}, refused: attest.CheckPCR9},
-		{name: "firmware", firmware: debian12OVMF, cause: "another firmware: it calls itself", registers: []int{7}, refused: attest.CheckPCR7},
+		{name: "SMBIOS strings", argv: add("-smbios", "type=11,value=io.systemd.stub.kernel-cmdline-extra=debug"), cause: "kernel command line: the host gave another one in SMBIOS strings \"debug\"", registers: []int{1, 9, 12}, refused: attest.CheckPCR9},
+		{name: "firmware", firmware: debian12OVMF, cause: "another firmware: it calls itself", registers: []int{1, 7}, refused: attest.CheckPCR7},
 		{name: "addon", boot: record.BootDisk, disk: addToESP("EFI/BOOT/BOOTX64.EFI.extra.d/more.addon.efi", addon), cause: "addon: program \"", registers: []int{4, 9, 12}, refused: attest.CheckPCR4},
 		{name: "credential", boot: record.BootDisk, disk: addToESP("EFI/BOOT/BOOTX64.EFI.extra.d/more.cred", func(*testing.T) []byte { return []byte("secret") }), cause: "credentials or extensions on the ESP", registers: []int{9, 12}, refused: attest.CheckPCR9},
 	} {
