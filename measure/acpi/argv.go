@@ -218,13 +218,11 @@ func port(value string, ports map[string]int) error {
 
 // standIn replaces a device that is passed through. The DSDT has a node for each
 // slot behind a port, with nothing of the device in it: neither vfio-pci nor
-// pci-testdev implements ACPI_DEV_AML_IF, both can be unplugged, and the class
-// that makes a display's methods is that of QEMU's own device type, which vfio-pci
-// leaves at zero (QEMU, hw/i386/acpi-build.c and hw/acpi/pci.c,
-// build_append_pci_bus_devices; hw/vfio/pci.c, vfio_pci_class_init;
-// hw/misc/pci-testdev.c). What is left is where the port's window is. vfio-pci
-// hides a GPU's SR-IOV capability, whose regions the firmware would place, too
-// (vfio_add_ext_cap).
+// pci-testdev implements ACPI_DEV_AML_IF, and both can be unplugged (QEMU,
+// hw/acpi/pcihp.c, build_append_pci_bus_devices; hw/vfio/pci.c,
+// vfio_pci_class_init; hw/misc/pci-testdev.c). What is left is where the port's
+// window is. vfio-pci hides a GPU's SR-IOV capability, whose regions the firmware
+// would place, too (vfio_add_ext_cap).
 func standIn(value string, gpu []uint64, ports map[string]int) (string, int, error) {
 	if len(gpu) == 0 {
 		return value, 0, errors.New("the tables depend on the sizes of the device's memory regions, which are not given")
