@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"strings"
 	"text/tabwriter"
 
 	"chrysalis"
@@ -48,7 +49,7 @@ type MeasureCmd struct {
 
 // Help is what 'chrysalis measure --help' says below the usage.
 func (*MeasureCmd) Help() string {
-	return "docs/measure.md says what is measured and how; docs/record.schema.json is the record's schema."
+	return "The shapes are " + strings.Join(launcher.ShapeNames(), ", ") + ".\n\ndocs/measure.md says what is measured and how; docs/record.schema.json is the record's schema."
 }
 
 // Run writes or prints a record.
