@@ -43,6 +43,12 @@ type Policy struct {
 	// AllowNotConfidential, a TPM.
 	Platforms []record.Platform `json:"platforms,omitempty"`
 
+	// Shapes lists the only machines allowed, by their names in the records. A TD must
+	// be of a recorded shape anyhow; on a TPM, where this is not set, any machine with
+	// a recorded image will do, because what a development machine measures of itself
+	// is its own affair.
+	Shapes []string `json:"shapes,omitempty"`
+
 	// MaxAgeSeconds is how long a TLS key counts as verified, 1 to 86400; 0 is
 	// DefaultMaxAge.
 	MaxAgeSeconds int `json:"max_age_seconds,omitempty"`
@@ -163,7 +169,10 @@ func NewPolicy() *Policy {
 	return p
 }
 
-var keyRE = regexp.MustCompile(`^[a-z0-9_]+$`)
+var (
+	keyRE   = regexp.MustCompile(`^[a-z0-9_]+$`)
+	shapeRE = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$`)
+)
 
 // ParsePolicy reads a policy, one JSON object. It refuses unknown fields, a field
 // twice, and relaxations that contradict each other.
@@ -230,6 +239,11 @@ func (p *Policy) Check() error {
 			if relaxed.set {
 				return fmt.Errorf("%s: needs allow_not_confidential, because such evidence does not prove confidentiality", relaxed.name)
 			}
+		}
+	}
+	for i, name := range p.Shapes {
+		if !shapeRE.MatchString(name) {
+			return fmt.Errorf("shapes[%d]: %.80q is not the name of a shape", i, name)
 		}
 	}
 	if p.MaxAgeSeconds < 0 || p.MaxAgeSeconds > 86400 {
@@ -342,6 +356,11 @@ func (p *Policy) allowsPlatform(platform record.Platform) string {
 		return fmt.Sprintf("the policy allows evidence of %v only", p.Platforms)
 	}
 	return ""
+}
+
+// allowsShape reports whether the policy allows machines of a record's shape.
+func (p *Policy) allowsShape(s *record.Shape) bool {
+	return len(p.Shapes) == 0 || slices.Contains(p.Shapes, s.Name)
 }
 
 // oneCertificate reads exactly one PEM certificate.

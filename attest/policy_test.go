@@ -43,6 +43,7 @@ func TestPolicyRefuses(t *testing.T) {
 		{"a mask that is too short", `{"version":1,"xfam":"ff"}`, "xfam"},
 		{"a mask with a prefix", `{"version":1,"xfam":"0x00000000000061"}`, "xfam"},
 		{"a module that is too short", `{"version":1,"mrseam":["00"]}`, "mrseam[0]"},
+		{"a shape without a name", `{"version":1,"shapes":[""]}`, "shapes[0]"},
 		{"an engine without a root hash", `{"version":1,"engines":[{"name":"x","root_hash":""}]}`, "engines[0]"},
 		{"a GPU root without the relaxation", `{"version":1,"gpu_device_roots":["` + sum + `"]}`, "allow_not_confidential"},
 		{"a RIM root without the relaxation", `{"version":1,"gpu_rim_roots":["` + sum + `"]}`, "allow_not_confidential"},

@@ -62,6 +62,7 @@ const (
 	CheckPCR7   Name = "pcr7"
 	CheckPCR9   Name = "pcr9"
 	CheckPCR11  Name = "pcr11"
+	CheckPCR1   Name = "pcr1"
 	CheckUnused Name = "pcr-unused"
 
 	CheckFirmwareLog Name = "firmware-log"
@@ -98,6 +99,7 @@ var titles = map[Name]string{
 	CheckPCR7:        "the firmware's boot policy is the recorded one",
 	CheckPCR9:        "initrd and command line are the recorded ones",
 	CheckPCR11:       "the image's parts are the recorded ones",
+	CheckPCR1:        "the machine is one that the policy allows",
 	CheckUnused:      "nothing was added to the image",
 	CheckFirmwareLog: "the firmware's log is what was measured",
 	CheckRTMR3:       "the event log is what was measured",
@@ -114,7 +116,7 @@ var (
 		CheckXFAM, CheckModule, CheckOwner, CheckReportData, CheckMRTD, CheckRTMR0, CheckRTMR1, CheckRTMR2,
 		CheckFirmwareLog, CheckRTMR3, CheckManifest, CheckDisks, CheckEngine, CheckModel, CheckGPU}
 	checksTPM = []Name{CheckEvidence, CheckPlatform, CheckTLSKey, CheckNonce, CheckQuote, CheckReportData,
-		CheckPCR4, CheckPCR7, CheckPCR9, CheckPCR11, CheckUnused,
+		CheckPCR4, CheckPCR7, CheckPCR9, CheckPCR11, CheckPCR1, CheckUnused,
 		CheckFirmwareLog, CheckPCR15, CheckManifest, CheckDisks, CheckEngine, CheckModel, CheckGPU}
 )
 

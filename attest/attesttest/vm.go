@@ -290,6 +290,8 @@ func (v *VM) Record() *record.File {
 			value := v.PCRs[index]
 			image.PCRs = append(image.PCRs, record.PCR{Index: index, SHA256: value[:]})
 		}
+		machine := v.PCRs[1]
+		shape.PCR1 = machine[:]
 	}
 	key := image.Key()
 	shape.Image = key[:]

@@ -54,11 +54,11 @@ func verified(t *testing.T, h *host, endpoint string) {
 
 	t.Run("verify", func(t *testing.T) {
 		v := h.verify(0, "", with(endpoint)...)
-		if len(v.Checks) != 18 || strings.Join(v.Models, " ") != "chrysalis/demo@1" {
+		if len(v.Checks) != 19 || strings.Join(v.Models, " ") != "chrysalis/demo@1" {
 			t.Errorf("%+v", v)
 		}
 		r := h.run(time.Minute, append([]string{"verify", "default"}, trust...)...)
-		if r.code != 0 || strings.Count(r.stdout, "✔") != 18 || !strings.Contains(r.stdout, "NOT CONFIDENTIAL") {
+		if r.code != 0 || strings.Count(r.stdout, "✔") != 19 || !strings.Contains(r.stdout, "NOT CONFIDENTIAL") {
 			t.Errorf("verify: %s", r)
 		}
 	})
@@ -89,7 +89,7 @@ func verified(t *testing.T, h *host, endpoint string) {
 	t.Run("chat", func(t *testing.T) {
 		dir := filepath.Join(t.TempDir(), "saved")
 		r := h.run(2*time.Minute, append([]string{"chat", "What is a TD?", "--checks", "--save", dir}, trust...)...)
-		if r.code != 0 || !strings.Contains(r.stdout, "TDX") || strings.Count(r.stderr, "✔") != 18 {
+		if r.code != 0 || !strings.Contains(r.stdout, "TDX") || strings.Count(r.stderr, "✔") != 19 {
 			t.Errorf("chat: %s", r)
 		}
 		if r := h.run(time.Minute, "verify", "receipt", dir); r.code != 0 || !strings.Contains(r.stdout, "chrysalis/demo@1 answered these bodies") {

@@ -62,25 +62,42 @@ func (*UpCmd) Help() string {
 	return "The shapes are " + strings.Join(launcher.ShapeNames(), ", ") + "."
 }
 
-// pickGPUs does what --gpus asks for.
+// pickGPUs does what --gpus asks for, and checks that the shape is for these GPUs.
 func (c *UpCmd) pickGPUs() (err error) {
-	if c.GPUs == 0 {
+	if c.GPUs == 0 && len(c.GPU) == 0 {
 		return nil
 	}
-	if len(c.GPU) > 0 {
+	if c.GPUs != 0 && len(c.GPU) > 0 {
 		return errors.New("--gpu names GPUs and --gpus counts them; give one of both")
 	}
 	all, err := hostGPUs().List()
 	if err != nil {
 		return err
 	}
-	if c.GPU, err = gpu.Pick(all, c.GPUs); err != nil {
-		return err
+	if c.GPUs > 0 {
+		if c.GPU, err = gpu.Pick(all, c.GPUs); err != nil {
+			return err
+		}
 	}
-	if c.Shape == "small" { // the default
-		c.Shape, err = launcher.ShapeForGPUs(c.GPUs)
+	for _, g := range all {
+		if !slices.Contains(c.GPU, g.Address) {
+			continue
+		}
+		bars := slices.DeleteFunc(slices.Clone(g.BARs), func(size uint64) bool { return size == 0 })
+		if c.Shape == "small" { // the default
+			if c.Shape, err = launcher.ShapeForGPUs(len(c.GPU), bars); err != nil {
+				return err
+			}
+		}
+		shape, err := launcher.LookupShape(c.Shape)
+		if err != nil {
+			return err
+		}
+		if err := shape.CheckGPU(g.Address, bars); err != nil {
+			return err
+		}
 	}
-	return err
+	return nil
 }
 
 // Run starts the VM and waits until it is ready.
