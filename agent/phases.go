@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -284,5 +285,6 @@ func (a *agent) count() guest.CounterTable {
 	a.counters.Fill(&t)
 	t.EngineRestarts = a.restarts.Load()
 	t.AgentRSSKiB, t.AgentPeakKiB = residentMemory(os.Getpid())
+	t.Goroutines, t.Descriptors = int64(runtime.NumGoroutine()), openDescriptors()
 	return t
 }

@@ -151,6 +151,9 @@ func New(c Config) *Server {
 	if s.counters == nil {
 		s.counters = new(Counters)
 	}
+	if len(c.Tokens) > 1 {
+		s.places.reserve()
+	}
 	for i, m := range c.Models {
 		// A client that wants one model and no other says its root hash, too.
 		for _, name := range []string{m.Name, m.ID(), m.ID() + ":" + m.Disk.RootHash} {
@@ -186,7 +189,7 @@ func New(c Config) *Server {
 // returns an error; after Shutdown it is http.ErrServerClosed.
 func (s *Server) Serve(ln net.Listener) error {
 	var once sync.Once
-	bound := port.Bound(ln, s.places.size+s.places.queue+spareConnections, func() {
+	bound := port.Bound(ln, s.connections(), func() {
 		s.counters.Connections.Add(1)
 		if s.first != nil {
 			once.Do(s.first)
@@ -194,6 +197,23 @@ func (s *Server) Serve(ln net.Listener) error {
 	}, s.waiting.closeOne)
 	return s.http.Serve(tls.NewListener(bound, s.tls))
 }
+
+// baseHeap is what the rest of the agent needs, and connectionHeap what a connection
+// does, in bytes.
+const (
+	baseHeap       = 16 << 20
+	connectionHeap = 24 << 10
+)
+
+// HeapLimit is the soft limit on the Go heap that a process with this server needs.
+// Past it the collector works harder rather than taking memory from the engine.
+// Bodies that are in flight may exceed it for a time.
+func (s *Server) HeapLimit() int64 {
+	return baseHeap + int64(s.connections())*connectionHeap
+}
+
+// connections is how many there may be.
+func (s *Server) connections() int { return s.places.size + s.places.queue + spareConnections }
 
 // Drain admits no new requests from now on. Those that are in the engine go on;
 // Active says how many there are.

@@ -22,6 +22,7 @@ const queueLimit = 5 * time.Second
 type places struct {
 	mu      sync.Mutex
 	size    int // places
+	most    int // of them that one client may have
 	queue   int // turns that may wait
 	taken   int
 	closed  bool
@@ -43,7 +44,15 @@ type turn struct {
 }
 
 func newPlaces(size int) *places {
-	return &places{size: size, queue: size, clients: map[any]*share{}}
+	return &places{size: size, most: size, queue: size, clients: map[any]*share{}}
+}
+
+// reserve keeps some places from whoever has all the others: answers can take
+// minutes, and nobody is sent away once it has a place.
+func (p *places) reserve() {
+	if p.size > 1 {
+		p.most = p.size - max(1, p.size/8)
+	}
 }
 
 // active is how many places are taken.
@@ -57,7 +66,7 @@ func (p *places) active() int {
 func (p *places) full(client any) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.taken == p.size && len(p.waiting) >= p.queue && p.greediest(client) == nil
+	return !p.open(client) && len(p.waiting) >= p.queue && p.greediest(client) == nil
 }
 
 // take waits for a place. queued is called if it has to.
@@ -67,7 +76,7 @@ func (p *places) take(ctx context.Context, client any, limit time.Duration, queu
 	case p.closed:
 		p.mu.Unlock()
 		return errDraining
-	case p.taken < p.size:
+	case p.open(client):
 		p.hold(client)
 		p.mu.Unlock()
 		return nil
@@ -131,6 +140,12 @@ func (p *places) close() {
 
 // The rest is called with the lock held.
 
+// open reports whether there is a place that a client may have.
+func (p *places) open(client any) bool {
+	s := p.clients[client]
+	return p.taken < p.size && (s == nil || s.held < p.most)
+}
+
 func (p *places) of(client any) *share {
 	s := p.clients[client]
 	if s == nil {
@@ -153,7 +168,7 @@ func (p *places) free(client any) {
 	p.forget(client)
 	var next *turn
 	for _, t := range p.waiting {
-		if next == nil || p.before(t, next) {
+		if p.open(t.client) && (next == nil || p.before(t, next)) {
 			next = t
 		}
 	}

@@ -144,6 +144,40 @@ func TestQueueIsShared(t *testing.T) {
 	}
 }
 
+// A client that has all places it may have leaves the others to other clients, at
+// once and not when it has finished.
+func TestReserve(t *testing.T) {
+	for size, most := range map[int]int{1: 1, 2: 1, 8: 7, 200: 175} {
+		p := newPlaces(size)
+		if p.reserve(); p.most != most {
+			t.Errorf("one client may have %d of %d places, want %d", p.most, size, most)
+		}
+	}
+	p := newPlaces(4)
+	p.reserve()
+	for range 3 {
+		if err := p.take(t.Context(), "a", 0, nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	in, got := make(chan struct{}), make(chan error, 1)
+	go func() { got <- p.take(t.Context(), "a", time.Minute, func() { close(in) }) }()
+	<-in
+	if err := p.take(t.Context(), "b", 0, nil); err != nil {
+		t.Errorf("another client: %v", err)
+	}
+	p.give("b")
+	select {
+	case err := <-got:
+		t.Fatalf("the reserved place went to the client that has all others: %v", err)
+	default:
+	}
+	p.give("a")
+	if err := <-got; err != nil {
+		t.Errorf("its own place: %v", err)
+	}
+}
+
 func TestTurnEnds(t *testing.T) {
 	p := newPlaces(1)
 	p.take(t.Context(), "a", time.Minute, nil)
