@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"os"
 	"runtime"
+	"runtime/debug"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -236,6 +237,7 @@ func (a *agent) serve(context.Context) error {
 		FirstClient: a.status.CloseLog,
 		Counters:    &a.counters,
 	})
+	debug.SetMemoryLimit(a.server.HeapLimit())
 	a.background(guest.ReasonServe, func() error {
 		err := a.server.Serve(inference)
 		if errors.Is(err, http.ErrServerClosed) {
