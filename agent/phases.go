@@ -10,6 +10,8 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"runtime"
+	"runtime/debug"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -235,6 +237,7 @@ func (a *agent) serve(context.Context) error {
 		FirstClient: a.status.CloseLog,
 		Counters:    &a.counters,
 	})
+	debug.SetMemoryLimit(a.server.HeapLimit())
 	a.background(guest.ReasonServe, func() error {
 		err := a.server.Serve(inference)
 		if errors.Is(err, http.ErrServerClosed) {
@@ -284,5 +287,6 @@ func (a *agent) count() guest.CounterTable {
 	a.counters.Fill(&t)
 	t.EngineRestarts = a.restarts.Load()
 	t.AgentRSSKiB, t.AgentPeakKiB = residentMemory(os.Getpid())
+	t.Goroutines, t.Descriptors = int64(runtime.NumGoroutine()), openDescriptors()
 	return t
 }

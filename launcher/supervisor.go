@@ -786,8 +786,10 @@ func (s *supervisor) becomeReady() error {
 	return nil
 }
 
-// maxConnections is how many clients a relay carries at a time.
-const maxConnections = 512
+// maxConnections is how many clients a relay carries at a time: more than a VM
+// holds with the largest limits (package agent/api). A VM that has too many hangs up
+// on one that does nothing; in the relay's queue all would wait alike.
+const maxConnections = 4096
 
 // serve starts to accept clients. The caller holds s.listening.
 func (s *supervisor) serve(relay *Relay) {

@@ -142,11 +142,23 @@ func verified(t *testing.T, h *host, endpoint string) {
 // startProxy runs 'chrysalis proxy' until the test ends, and returns its base URL.
 func startProxy(t *testing.T, h *host, args ...string) string {
 	t.Helper()
+	base, _ := startProxyLog(t, h, args...)
+	return base
+}
+
+// startProxyLog returns the file that has all that it writes, too.
+func startProxyLog(t *testing.T, h *host, args ...string) (base, said string) {
+	t.Helper()
+	said = filepath.Join(t.TempDir(), "proxy.log")
+	log, err := os.Create(said)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { log.Close() })
 	cmd := exec.Command(program, append([]string{"proxy", "--listen", "127.0.0.1:0"}, args...)...)
 	cmd.Dir = source
 	cmd.Env = append(os.Environ(), "XDG_STATE_HOME="+h.dir)
-	var stderr bytes.Buffer
-	cmd.Stderr = &stderr
+	cmd.Stderr = log
 	stdout, err := cmd.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -157,14 +169,15 @@ func startProxy(t *testing.T, h *host, args ...string) string {
 	t.Cleanup(func() {
 		cmd.Process.Signal(os.Interrupt)
 		if err := cmd.Wait(); err != nil {
-			t.Errorf("proxy: %v\n%s", err, stderr.String())
+			text, _ := os.ReadFile(said)
+			t.Errorf("proxy: %v\n%s", err, text)
 		}
 	})
-	var base string
-	if _, err := fmt.Fscanln(stdout, &base); err != nil {
+	if _, err := fmt.Fscanln(io.TeeReader(stdout, log), &base); err != nil {
 		t.Fatalf("proxy: %v", err)
 	}
-	return base
+	go io.Copy(log, stdout)
+	return base, said
 }
 
 // TestChangedByte boots what differs in one byte from what a client expects: the
