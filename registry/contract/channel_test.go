@@ -557,3 +557,19 @@ func TestChannelMalformed(t *testing.T) {
 		}
 	}
 }
+
+// FuzzChannel reads whatever an account's data can be.
+func FuzzChannel(f *testing.F) {
+	f.Add(channelData(ChannelState{channelTerms(), ChannelOpen, 5, 0}).ToBOC())
+	f.Add(channelData(ChannelState{channelTerms(), ChannelClosing, 5, 9}).ToBOC())
+	f.Fuzz(func(t *testing.T, boc []byte) {
+		c, err := cell.FromBOC(boc)
+		if err != nil {
+			return
+		}
+		s, err := Channel(c).Channel()
+		if err == nil && !bytes.Equal(channelData(s).Hash(), c.Hash()) {
+			t.Errorf("%+v is read from another state", s)
+		}
+	})
+}
