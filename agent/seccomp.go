@@ -64,7 +64,7 @@ var neverSyscalls = map[string]bool{
 	"clock_settime": true, "settimeofday": true, "adjtimex": true, "clock_adjtime": true,
 	"process_madvise": true, "process_mrelease": true, "kcmp": true, "fanotify_init": true, "name_to_handle_at": true,
 	"acct": true, "quotactl": true, "quotactl_fd": true, "syslog": true, "lookup_dcookie": true, "vhangup": true,
-	"modify_ldt": true, "sethostname": true, "setdomainname": true,
+	"modify_ldt": true, "execveat": true, "sethostname": true, "setdomainname": true,
 }
 
 // enginePrctls are the options of prctl that an engine may use: names for what it

@@ -34,7 +34,7 @@ var refusedCalls = []string{
 	"clock_settime", "settimeofday", "adjtimex", "clock_adjtime",
 	"seccomp", "prctl PR_SET_SECCOMP", "prctl PR_SET_SECCOMP, upper half set", "prctl PR_SET_MM",
 	"mount", "mount of /proc", "umount2", "move_mount", "open_tree", "fsopen", "fsmount", "mount_setattr", "pivot_root", "chroot",
-	"open_by_handle_at", "name_to_handle_at", "fanotify_init",
+	"open_by_handle_at", "name_to_handle_at", "fanotify_init", "program in memory",
 	"unshare of users", "unshare of mounts", "unshare of the network", "setns",
 	"clone into new users", "clone into new mounts", "clone into a new network", "sethostname", "setdomainname",
 	"vsock stream", "vsock datagram", "vsock seqpacket", "vsock, upper half set", "vsock, upper half clone's number", "vsock pair",
@@ -45,17 +45,17 @@ var refusedCalls = []string{
 // calls nor the profile has it, and what the kernel says to one that a profile
 // adds: the engine has no capability.
 var refusedByList = map[string]string{
-	"pidfd_open": "done", "move_pages": "EPERM",
-	"mknod of a disk": "EPERM", "mknod of memory": "EPERM", "pipe in the door": "EACCES", "chown": "EPERM",
+	"pidfd_open": "done", "move_pages": "done", // of itself
+	"mknod of a disk": "EACCES", "mknod of memory": "EACCES", "pipe in the door": "EACCES", "chown": "EPERM",
 	"setuid": "EPERM", "setresuid": "EPERM", "setgid": "EPERM", "setgroups": "EPERM", "capset": "EPERM",
-	"real-time scheduling": "EPERM", "higher priority": "EACCES", "program in memory": "EACCES",
+	"real-time scheduling": "EPERM", "higher priority": "EACCES",
 }
 
 // wideProfile adds every call to the engine's profile that a profile can add and
 // that the engine tries.
 var wideProfile = []string{
 	"pidfd_open", "move_pages", "mknod", "chown", "setuid", "setresuid", "setgid", "setgroups", "capset",
-	"sched_setscheduler", "setpriority", "execveat",
+	"sched_setscheduler", "setpriority",
 }
 
 // notThere is what the hostile engine looks for and does not find.
@@ -86,8 +86,8 @@ func attackOutcomes(wide bool) map[string]string {
 		"file in the door":               "EACCES",
 		"folder in the door":             "EACCES",
 		"program in /tmp":                "EACCES",
-		"the engine disk for writing":    "EACCES",
-		"the model for writing":          "EACCES",
+		"the engine disk for writing":    "EROFS",
+		"the model for writing":          "EROFS",
 		"more open files":                "EPERM",
 		"core dumps":                     "EPERM",
 		"entropy":                        "EPERM",
@@ -372,12 +372,18 @@ func hostileAnswers(t *testing.T, c *client, ports launcher.Dialer) {
 			t.Errorf("%s: %v: %s", resp.Status, resp.Trailer, body)
 		}
 	})
-	for _, name := range []string{"tokens below zero", "tokens beyond all bounds", "more tokens than bytes", "tokens that are no numbers"} {
-		t.Run(name, func(t *testing.T) {
-			resp, body := c.send("POST", "/v1/chat/completions", order("answer "+name, false))
+	// Counts are cut to what the sizes of request and answer allow.
+	for _, r := range []struct{ name, has string }{
+		{"tokens below zero", `"completion_tokens":0,`},
+		{"tokens beyond all bounds", `{"manifest"`}, // no counts
+		{"more tokens than bytes", `"completion_tokens":72,`},
+		{"tokens that are no numbers", `{"manifest"`},
+	} {
+		t.Run(r.name, func(t *testing.T) {
+			resp, body := c.send("POST", "/v1/chat/completions", order("answer "+r.name, false))
 			signed := resp.Trailer.Get(receipt.Trailer)
-			if resp.StatusCode != 200 || !strings.Contains(signed, "signature") || strings.Contains(signed, "tokens") {
-				t.Errorf("%s: receipt %s: %s", resp.Status, signed, body)
+			if resp.StatusCode != 200 || !strings.Contains(signed, "signature") || !strings.Contains(signed, r.has) {
+				t.Errorf("%s: receipt %s, expected %s in it: %s", resp.Status, signed, r.has, strings.TrimSpace(body))
 			}
 		})
 	}
@@ -400,7 +406,7 @@ func hostileAnswers(t *testing.T, c *client, ports launcher.Dialer) {
 			_, body := c.send("POST", "/v1/chat/completions", order("answer "+r.name, true))
 			_, signed, err := receipt.SplitStream([]byte(body))
 			ended := err == nil && strings.Contains(body, "data: [DONE]")
-			if !strings.Contains(body, r.has) || ended != r.ends || strings.Count(body, receipt.CommentPrefix) > 1 || strings.Contains(string(signed), "tokens") {
+			if !strings.Contains(body, r.has) || ended != r.ends || strings.Count(body, receipt.CommentPrefix) > 1 || strings.Contains(string(signed), `tokens":-`) {
 				t.Errorf("it ended well: %v, expected %v and %q: %.2000s", ended, r.ends, r.has, body)
 			}
 		})

@@ -69,7 +69,7 @@ func answer(conn net.Conn, name string) {
 	case "gzip bomb":
 		var packed bytes.Buffer
 		z, _ := gzip.NewWriterLevel(&packed, gzip.BestCompression)
-		for range 256 {
+		for range 16 {
 			z.Write(make([]byte, 1<<20))
 		}
 		z.Close()
@@ -105,7 +105,7 @@ func answer(conn net.Conn, name string) {
 		endless(strings.Repeat("x", 4096))
 	case "stream: endless event":
 		io.WriteString(conn, streamHead+chunk)
-		endless("data: 1\n")
+		endless(strings.Repeat("data: 1\n", 512))
 	case "stream: endless comments":
 		io.WriteString(conn, streamHead+chunk)
 		endless(strings.Repeat(": x\n\n", 512))
