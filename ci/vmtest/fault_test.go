@@ -40,8 +40,9 @@ type handVM struct {
 	disks  []string // manifest, engine, model: copies, which may be changed
 }
 
-// bootByHand starts a VM, after a change to QEMU's command line.
-func bootByHand(t *testing.T, change func([]string) []string) *handVM {
+// bootByHand starts a VM with an image, after a change to QEMU's command line, and
+// with folders that QEMU sees beside its own.
+func bootByHand(t *testing.T, image string, change func([]string) []string, folders ...toolsroot.Bind) *handVM {
 	t.Helper()
 	engine := packEngine(t, "hostile", nil)
 	manifest, err := os.ReadFile(writeManifest(t, engine, demo, nil))
@@ -73,7 +74,7 @@ func bootByHand(t *testing.T, change func([]string) []string) *handVM {
 		Platform: launcher.PlatformTCG, Transport: launcher.TransportUser,
 		Firmware: "/usr/share/ovmf/OVMF.fd", Disks: len(vm.disks), GuestCID: 3,
 	}))
-	binds := []toolsroot.Bind{{Host: uki, Inside: "/vm/image.efi"}}
+	binds := append(folders, toolsroot.Bind{Host: image, Inside: "/vm/image.efi"})
 	for i, disk := range vm.disks {
 		binds = append(binds, toolsroot.Bind{Host: disk, Inside: fmt.Sprintf("/vm/disk%d", i)})
 	}
@@ -152,7 +153,7 @@ func (vm *handVM) dialPort(port uint32, limit time.Duration) (net.Conn, error) {
 // TestHostileHost has the host do to a running VM what it can think of. The clock
 // it gives the VM is 73 years ahead.
 func TestHostileHost(t *testing.T) {
-	vm := bootByHand(t, func(argv []string) []string {
+	vm := bootByHand(t, uki, func(argv []string) []string {
 		return append(argv, "-rtc", "base=2099-12-31T23:59:30", "-device", "pcie-root-port,id=port,bus=pcie.0,chassis=9,addr=0x1e")
 	})
 	vm.serves()
@@ -299,7 +300,7 @@ func TestHostileHost(t *testing.T) {
 // that the host gives the VM is decades behind.
 func TestFailingDisks(t *testing.T) {
 	t.Parallel()
-	vm := bootByHand(t, func(argv []string) []string {
+	vm := bootByHand(t, uki, func(argv []string) []string {
 		slow := 0
 		for i, arg := range argv {
 			if at := strings.Index(arg, `"file":{"driver":"file"`); at >= 0 {
@@ -348,7 +349,7 @@ func TestReadErrors(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
-			vm := bootByHand(t, func(argv []string) []string {
+			vm := bootByHand(t, uki, func(argv []string) []string {
 				for j, arg := range argv {
 					if at := strings.Index(arg, `"file":{"driver":"file"`); at >= 0 && strings.Contains(arg, fmt.Sprintf(`"/vm/disk%d"`, i)) {
 						argv[j] = arg[:at] + `"file":{"driver":"blkdebug","inject-error":[{"event":"none","iotype":"read","errno":5}],"image"` + arg[at+len(`"file"`):] + "}"

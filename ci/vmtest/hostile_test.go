@@ -246,9 +246,11 @@ func watched(t *testing.T, d launcher.Dialer, limit time.Duration, happens func(
 			}
 		}
 	})
-	happens()
-	close(done)
-	watch.Wait()
+	func() {
+		defer watch.Wait()
+		defer close(done)
+		happens()
+	}()
 	return longest
 }
 
