@@ -304,7 +304,7 @@ func TestFailingDisks(t *testing.T) {
 		slow := 0
 		for i, arg := range argv {
 			if at := strings.Index(arg, `"file":{"driver":"file"`); at >= 0 {
-				argv[i] = arg[:at] + `"file":{"driver":"throttle","throttle-group":"slow","read-only":true,` + arg[at:len(arg)] + "}"
+				argv[i] = arg[:at] + `"file":{"driver":"throttle","throttle-group":"slow","read-only":true,` + arg[at:] + "}"
 				slow++
 			}
 		}

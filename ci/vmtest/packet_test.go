@@ -2,7 +2,6 @@ package vmtest
 
 import (
 	"bytes"
-	"fmt"
 	"math"
 	"net"
 	"os"
@@ -171,7 +170,7 @@ func TestMalformedPackets(t *testing.T) {
 				t.Fatalf("the kernel says %q: %s", word, text[strings.Index(text, word):])
 			}
 		}
-		if status := fmt.Sprintf("%s", vm.execute("query-status", nil)); !strings.Contains(status, `"running"`) {
+		if status := string(vm.execute("query-status", nil)); !strings.Contains(status, `"running"`) {
 			t.Errorf("QEMU: %s", status)
 		}
 	})
