@@ -61,26 +61,28 @@ func stopAutoBinding() error {
 
 // checkDevices compares every PCI and virtio device with the tables, and what
 // is bound to it, as the sysfs at a path shows them. It returns the number of
-// GPUs.
+// GPUs. Its error names every device that is refused.
 func checkDevices(sysfs string) (gpus int, err error) {
 	devices, err := filepath.Glob(filepath.Join(sysfs, "bus/pci/devices/*"))
 	if err != nil {
 		return 0, err
 	}
+	var refused []error
 	for _, dir := range devices {
-		vendor, device, class := attribute(dir, "vendor"), attribute(dir, "device"), attribute(dir, "class")
+		vendor, device, class, driver := attribute(dir, "vendor"), attribute(dir, "device"), attribute(dir, "class"), boundDriver(dir)
 		i := slices.IndexFunc(pciDevices, func(d pciDevice) bool {
 			return d.vendor == vendor && (d.device == "" || d.device == device) && strings.HasPrefix(class, d.class)
 		})
-		if i < 0 {
-			return 0, fmt.Errorf("PCI device %s (%s:%s class %s) is not one that a VM may have", filepath.Base(dir), vendor, device, class)
+		switch {
+		case i < 0:
+			refused = append(refused, fmt.Errorf("PCI device %s (%s:%s class %s) is not one that a VM may have; %s",
+				filepath.Base(dir), vendor, device, class, boundTo(driver)))
+			continue
+		case driver != "" && driver != pciDevices[i].driver:
+			refused = append(refused, fmt.Errorf("PCI device %s (%s) is bound to %s", filepath.Base(dir), pciDevices[i].what, driver))
 		}
-		known := pciDevices[i]
-		if known.gpu {
+		if pciDevices[i].gpu {
 			gpus++
-		}
-		if driver := boundDriver(dir); driver != "" && driver != known.driver {
-			return 0, fmt.Errorf("PCI device %s (%s) is bound to %s", filepath.Base(dir), known.what, driver)
 		}
 	}
 	devices, err = filepath.Glob(filepath.Join(sysfs, "bus/virtio/devices/*"))
@@ -89,14 +91,28 @@ func checkDevices(sysfs string) (gpus int, err error) {
 	}
 	for _, dir := range devices {
 		want, ok := virtioDrivers[attribute(dir, "device")]
-		if !ok {
-			return 0, fmt.Errorf("virtio device %s of type %s is not one that a VM may have", filepath.Base(dir), attribute(dir, "device"))
-		}
-		if driver := boundDriver(dir); driver != "" && driver != want {
-			return 0, fmt.Errorf("virtio device %s is bound to %s", filepath.Base(dir), driver)
+		driver := boundDriver(dir)
+		switch {
+		case !ok:
+			refused = append(refused, fmt.Errorf("virtio device %s of type %s is not one that a VM may have; %s",
+				filepath.Base(dir), attribute(dir, "device"), boundTo(driver)))
+		case driver != "" && driver != want:
+			refused = append(refused, fmt.Errorf("virtio device %s is bound to %s", filepath.Base(dir), driver))
 		}
 	}
+	if refused != nil {
+		return 0, errors.Join(refused...)
+	}
 	return gpus, nil
+}
+
+// boundTo says whether a driver of the kernel's own got to a refused device
+// before the agent could keep it from that.
+func boundTo(driver string) string {
+	if driver == "" {
+		return "no driver is bound to it"
+	}
+	return "it is bound to " + driver
 }
 
 // bindDevices binds each virtio device of some types to its driver.

@@ -180,9 +180,18 @@ func (h *host) noProcesses() {
 // testEngine packs the misbehaving engine in a mode and returns its disk.
 func testEngine(t *testing.T, mode string) string {
 	t.Helper()
-	binary := filepath.Join(scratch, "engine")
+	return packEngine(t, "engine", func(p *profile.Profile) {
+		p.Argv = []profile.Args{{Args: []string{"/engine", mode, "${socket}"}}}
+	})
+}
+
+// packEngine packs a program of this folder's as an engine disk, with a profile
+// that calls it with the socket only, and a change to that.
+func packEngine(t *testing.T, name string, change func(*profile.Profile)) string {
+	t.Helper()
+	binary := filepath.Join(scratch, name)
 	if _, err := os.Stat(binary); err != nil {
-		if err := goBuild(binary, "./ci/vmtest/engine"); err != nil {
+		if err := goBuild(binary, "./ci/vmtest/"+name); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -190,16 +199,20 @@ func testEngine(t *testing.T, mode string) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p, err := json.Marshal(profile.Profile{
+	described := profile.Profile{
 		Version: 1, Name: "test", Health: "/health", ReadySeconds: 5,
-		Argv:        []profile.Args{{Args: []string{"/engine", mode, "${socket}"}}},
+		Argv:        []profile.Args{{Args: []string{"/engine", "${socket}"}}},
 		Environment: map[string]string{},
 		Parameters:  map[string]profile.Parameter{},
 		Formats:     []string{card.GGUF, card.Safetensors},
 		Cache:       profile.CacheNone,
 		Status:      profile.Tested,
 		Seccomp:     []string{},
-	})
+	}
+	if change != nil {
+		change(&described)
+	}
+	p, err := json.Marshal(described)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -210,7 +223,7 @@ func testEngine(t *testing.T, mode string) string {
 	for _, dir := range []string{"dev", "models", "proc", "run", "tmp"} {
 		tree[dir] = &fstest.MapFile{Mode: os.ModeDir | 0o755}
 	}
-	out := filepath.Join(t.TempDir(), mode+".disk")
+	out := filepath.Join(t.TempDir(), "engine.disk")
 	if _, err := disk.PackTree(t.Context(), tree, out, disk.Options{}); err != nil {
 		t.Fatal(err)
 	}
