@@ -61,25 +61,31 @@ func stopAutoBinding() error {
 
 // checkDevices compares every PCI and virtio device with the tables, and what
 // is bound to it, as the sysfs at a path shows them. GPUs may be bound to one
-// driver, or to none before it is loaded (""). It returns the number of GPUs.
+// driver, or to none before it is loaded (""). It returns the number of GPUs. Its
+// error names every device that is refused.
 func checkDevices(sysfs, gpuDriver string) (gpus int, err error) {
 	devices, err := filepath.Glob(filepath.Join(sysfs, "bus/pci/devices/*"))
 	if err != nil {
 		return 0, err
 	}
+	var refused []error
 	for _, dir := range devices {
+		driver := boundDriver(dir)
 		i := knownDevice(dir)
 		if i < 0 {
-			return 0, fmt.Errorf("PCI device %s (%s:%s class %s) is not one that a VM may have", filepath.Base(dir),
-				attribute(dir, "vendor"), attribute(dir, "device"), attribute(dir, "class"))
+			refused = append(refused, fmt.Errorf("PCI device %s (%s:%s class %s) is not one that a VM may have; %s",
+				filepath.Base(dir), attribute(dir, "vendor"), attribute(dir, "device"), attribute(dir, "class"), boundTo(driver)))
+			continue
 		}
 		known := pciDevices[i]
 		if known.gpu {
 			known.driver = gpuDriver
-			gpus++
 		}
-		if driver := boundDriver(dir); driver != "" && driver != known.driver {
-			return 0, fmt.Errorf("PCI device %s (%s) is bound to %s", filepath.Base(dir), known.what, driver)
+		if driver != "" && driver != known.driver {
+			refused = append(refused, fmt.Errorf("PCI device %s (%s) is bound to %s", filepath.Base(dir), known.what, driver))
+		}
+		if known.gpu {
+			gpus++
 		}
 	}
 	devices, err = filepath.Glob(filepath.Join(sysfs, "bus/virtio/devices/*"))
@@ -88,12 +94,17 @@ func checkDevices(sysfs, gpuDriver string) (gpus int, err error) {
 	}
 	for _, dir := range devices {
 		want, ok := virtioDrivers[attribute(dir, "device")]
-		if !ok {
-			return 0, fmt.Errorf("virtio device %s of type %s is not one that a VM may have", filepath.Base(dir), attribute(dir, "device"))
+		driver := boundDriver(dir)
+		switch {
+		case !ok:
+			refused = append(refused, fmt.Errorf("virtio device %s of type %s is not one that a VM may have; %s",
+				filepath.Base(dir), attribute(dir, "device"), boundTo(driver)))
+		case driver != "" && driver != want:
+			refused = append(refused, fmt.Errorf("virtio device %s is bound to %s", filepath.Base(dir), driver))
 		}
-		if driver := boundDriver(dir); driver != "" && driver != want {
-			return 0, fmt.Errorf("virtio device %s is bound to %s", filepath.Base(dir), driver)
-		}
+	}
+	if refused != nil {
+		return 0, errors.Join(refused...)
 	}
 	return gpus, nil
 }
@@ -113,6 +124,15 @@ func gpuDevices(sysfs string) ([]string, error) {
 		i := knownDevice(dir)
 		return i < 0 || !pciDevices[i].gpu
 	}), err
+}
+
+// boundTo says whether a driver of the kernel's own got to a refused device
+// before the agent could keep it from that.
+func boundTo(driver string) string {
+	if driver == "" {
+		return "no driver is bound to it"
+	}
+	return "it is bound to " + driver
 }
 
 // bindDevices binds each virtio device of some types to its driver.

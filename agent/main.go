@@ -30,16 +30,20 @@ func main() {
 		os.Exit(2)
 	}
 	// A soft limit on the Go heap: past it the collector works harder rather than
-	// taking memory from the engine.
+	// taking memory from the engine. Clients get more: see serve.
 	debug.SetMemoryLimit(heapLimit)
+	// For as many connections as the manifest can allow, on both sides.
+	_ = unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: maxDescriptors, Max: maxDescriptors})
 	a := newAgent(time.Now(), kernelTime())
 	a.guard(func() {
 		a.end(a.boot())
 	})
 }
 
-// heapLimit is in bytes. Bodies that are in flight may exceed it for a time.
-const heapLimit = 16 << 20
+const (
+	heapLimit      = 16 << 20 // bytes
+	maxDescriptors = 16 << 10
+)
 
 // fault is an error together with the reason that the host is told.
 type fault struct {

@@ -10,9 +10,13 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"runtime"
+	"runtime/debug"
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"chrysalis/agent/api"
 	"chrysalis/agent/gpu"
@@ -124,6 +128,10 @@ func (a *agent) mount(context.Context) error {
 			return err
 		}
 	}
+	// Nobody traces this process or looks into its memory, whoever it is.
+	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
+		return fmt.Errorf("close the agent's memory: %w", err)
+	}
 	if err := quietConsole(); err != nil {
 		return err
 	}
@@ -204,13 +212,17 @@ func (a *agent) makeIdentity(context.Context) (err error) {
 
 // serve opens the ports for clients and for the host's requests.
 func (a *agent) serve(context.Context) error {
-	gpus, err := checkDevices(sysfs, gpuDriver)
-	if err == nil && gpus != a.manifest.GPUs {
-		err = fmt.Errorf("the VM has %d GPUs, the manifest requires %d", gpus, a.manifest.GPUs)
-	}
-	if err != nil {
+	if err := a.sameDevices(); err != nil {
 		return because(guest.ReasonDevice, err)
 	}
+	a.background(guest.ReasonDevice, func() error {
+		for {
+			time.Sleep(devicesEvery)
+			if err := a.sameDevices(); err != nil {
+				return err
+			}
+		}
+	})
 
 	inference, err := listen(guest.PortInference)
 	if err != nil {
@@ -230,6 +242,7 @@ func (a *agent) serve(context.Context) error {
 		FirstClient:   a.status.CloseLog,
 		Counters:      &a.counters,
 	})
+	debug.SetMemoryLimit(a.server.HeapLimit())
 	a.background(guest.ReasonServe, func() error {
 		err := a.server.Serve(inference)
 		if errors.Is(err, http.ErrServerClosed) {
@@ -246,6 +259,23 @@ func (a *agent) serve(context.Context) error {
 		return (&port.Control{Host: isHost, Handle: a.control}).Serve(control)
 	})
 	a.state.SetServing()
+	return nil
+}
+
+// devicesEvery is how often the devices are looked at while the VM serves. Nothing
+// in the kernel looks for new ones (mkosi.conf.d/30-cmdline.conf), so this finds
+// what got in by a way that nobody has thought of.
+const devicesEvery = 10 * time.Second
+
+// sameDevices refuses devices that were not there when the VM booted.
+func (a *agent) sameDevices() error {
+	gpus, err := checkDevices(sysfs, gpuDriver)
+	if err != nil {
+		return err
+	}
+	if gpus != a.manifest.GPUs {
+		return fmt.Errorf("the VM has %d GPUs, the manifest requires %d", gpus, a.manifest.GPUs)
+	}
 	return nil
 }
 
@@ -279,5 +309,6 @@ func (a *agent) count() guest.CounterTable {
 	a.counters.Fill(&t)
 	t.EngineRestarts = a.restarts.Load()
 	t.AgentRSSKiB, t.AgentPeakKiB = residentMemory(os.Getpid())
+	t.Goroutines, t.Descriptors = int64(runtime.NumGoroutine()), openDescriptors()
 	return t
 }

@@ -111,6 +111,9 @@ func enterSandbox() error {
 	if err := unix.CloseRange(3, ^uint(0), unix.CLOSE_RANGE_CLOEXEC); err != nil {
 		return fmt.Errorf("close inherited files: %w", err)
 	}
+	if err := restrictFiles(); err != nil {
+		return err
+	}
 	// The last step: from here on only the allowed calls work.
 	if err := loadFilters(s.Seccomp, s.Loopback); err != nil {
 		return err

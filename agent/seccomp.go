@@ -26,7 +26,7 @@ var engineSyscalls = []string{
 	// memory
 	"brk", "mmap", "munmap", "mprotect", "mremap", "madvise", "mincore", "mlock", "munlock",
 	"msync", "membarrier", "memfd_create",
-	// processes and threads; clone is narrowed below
+	// processes and threads; clone and prctl are narrowed below
 	"clone",
 	"execve", "exit", "exit_group", "wait4", "waitid", "kill", "tgkill",
 	"getpid", "getppid", "gettid", "getuid", "geteuid", "getgid", "getegid", "getpgrp", "getpgid", "getsid",
@@ -60,7 +60,23 @@ var neverSyscalls = map[string]bool{
 	"io_uring_setup": true, "io_uring_enter": true, "io_uring_register": true,
 	"init_module": true, "finit_module": true, "delete_module": true, "kexec_load": true, "kexec_file_load": true,
 	"keyctl": true, "add_key": true, "request_key": true, "open_by_handle_at": true,
-	"reboot": true, "swapon": true, "iopl": true, "ioperm": true, "seccomp": true,
+	"reboot": true, "swapon": true, "swapoff": true, "iopl": true, "ioperm": true, "seccomp": true,
+	"clock_settime": true, "settimeofday": true, "adjtimex": true, "clock_adjtime": true,
+	"process_madvise": true, "process_mrelease": true, "kcmp": true, "fanotify_init": true, "name_to_handle_at": true,
+	"acct": true, "quotactl": true, "quotactl_fd": true, "syslog": true, "lookup_dcookie": true, "vhangup": true,
+	"modify_ldt": true, "execveat": true, "sethostname": true, "setdomainname": true,
+}
+
+// enginePrctls are the options of prctl that an engine may use: names for what it
+// has, and questions. Among the others is PR_SET_SECCOMP, by which every thread
+// could take hundreds of KiB of the kernel's memory, and the seccomp call in
+// another dress.
+var enginePrctls = []uint64{
+	unix.PR_SET_PDEATHSIG, unix.PR_GET_PDEATHSIG, unix.PR_GET_DUMPABLE, unix.PR_SET_DUMPABLE, unix.PR_SET_NAME, unix.PR_GET_NAME,
+	unix.PR_GET_SECCOMP, unix.PR_CAPBSET_READ, unix.PR_SET_TIMERSLACK, unix.PR_GET_TIMERSLACK,
+	unix.PR_SET_CHILD_SUBREAPER, unix.PR_GET_CHILD_SUBREAPER, unix.PR_SET_NO_NEW_PRIVS, unix.PR_GET_NO_NEW_PRIVS,
+	unix.PR_SET_THP_DISABLE, unix.PR_GET_THP_DISABLE, unix.PR_GET_SPECULATION_CTRL,
+	unix.PR_SET_VMA, unix.PR_GET_AUXV,
 }
 
 // newNamespaces are clone's flags that make namespaces.
@@ -112,6 +128,9 @@ func enginePolicies(extra []string, loopback bool) []seccomp.Policy {
 		families,
 		refuse("socketpair", seccomp.NotEqual, unix.AF_UNIX),
 		refuse("clone", seccomp.BitsSet, newNamespaces),
+		// Not equal to any of them, in all 64 bits: the kernel looks at 32 only, so a
+		// list of what is refused would be got around.
+		refuse("prctl", seccomp.NotEqual, enginePrctls...),
 		{
 			DefaultAction: seccomp.ActionErrno,
 			Syscalls: []seccomp.SyscallGroup{
@@ -127,17 +146,18 @@ func enginePolicies(extra []string, loopback bool) []seccomp.Policy {
 	}
 }
 
-// refuse is a filter that refuses a call on a condition of its first argument,
-// all 64 bits of it, and nothing else.
-func refuse(name string, operation seccomp.Operation, value uint64) seccomp.Policy {
+// refuse is a filter that refuses a call for which a condition of its first
+// argument, all 64 bits of it, holds with each of some values, and nothing else.
+func refuse(name string, operation seccomp.Operation, values ...uint64) seccomp.Policy {
+	var all seccomp.ArgumentConditions
+	for _, value := range values {
+		all = append(all, seccomp.Condition{Argument: 0, Operation: operation, Value: value})
+	}
 	return seccomp.Policy{
 		DefaultAction: seccomp.ActionAllow,
 		Syscalls: []seccomp.SyscallGroup{{
-			Action: seccomp.ActionErrno,
-			NamesWithCondtions: []seccomp.NameWithConditions{{
-				Name:       name,
-				Conditions: seccomp.ArgumentConditions{{Argument: 0, Operation: operation, Value: value}},
-			}},
+			Action:             seccomp.ActionErrno,
+			NamesWithCondtions: []seccomp.NameWithConditions{{Name: name, Conditions: all}},
 		}},
 	}
 }

@@ -79,11 +79,13 @@ func TestFiltersSayWhatThePolicySays(t *testing.T) {
 	vms := newInterpreter(t, extra...)
 	low := []uint64{0, unix.AF_UNIX, unix.AF_INET, unix.AF_INET6, unix.AF_NETLINK, unix.AF_PACKET, unix.AF_VSOCK,
 		unix.CLONE_VM | unix.CLONE_THREAD, unix.CLONE_NEWUSER, unix.CLONE_NEWNET | unix.CLONE_VM, 1 << 31}
+	low = append(low, enginePrctls...)
+	low = append(low, unix.PR_SET_SECCOMP, unix.PR_SET_MM, unix.PR_SET_SPECULATION_CTRL, unix.PR_SET_SYSCALL_USER_DISPATCH)
 	highest := slices.Max(slices.Collect(maps.Keys(arch.X86_64.SyscallNumbers)))
 	for number := range highest + 2 {
 		name := arch.X86_64.SyscallNumbers[number]
 		args := slices.Clone(low)
-		if slices.Contains([]string{"socket", "socketpair", "clone", "clone3", "read", "mount"}, name) {
+		if slices.Contains([]string{"socket", "socketpair", "clone", "clone3", "prctl", "read", "mount"}, name) {
 			for high := range highest + 2 {
 				for _, l := range low {
 					args = append(args, uint64(high)<<32|l)
@@ -103,6 +105,10 @@ func TestFiltersSayWhatThePolicySays(t *testing.T) {
 				}
 			case name == "clone3":
 				want = absent
+			case name == "prctl":
+				if slices.Contains(enginePrctls, arg) {
+					want = allow
+				}
 			case slices.Contains(engineSyscalls, name) || slices.Contains(extra, name):
 				want = allow
 			}
@@ -201,6 +207,9 @@ func attempts() []attempt {
 		{"socketpair AF_INET", unix.SYS_SOCKETPAIR, [3]uintptr{unix.AF_INET, unix.SOCK_STREAM}, unix.EPERM},
 		{"clone CLONE_NEWUSER", unix.SYS_CLONE, [3]uintptr{unix.CLONE_NEWUSER | uintptr(unix.SIGCHLD)}, unix.EPERM},
 		{"clone CLONE_NEWNET", unix.SYS_CLONE, [3]uintptr{unix.CLONE_NEWNET | uintptr(unix.SIGCHLD)}, unix.EPERM},
+		{"prctl PR_GET_NO_NEW_PRIVS", unix.SYS_PRCTL, [3]uintptr{unix.PR_GET_NO_NEW_PRIVS}, 0},
+		{"prctl PR_SET_SECCOMP", unix.SYS_PRCTL, [3]uintptr{unix.PR_SET_SECCOMP, unix.SECCOMP_MODE_FILTER}, unix.EPERM},
+		{"prctl PR_SET_SECCOMP, upper half set", unix.SYS_PRCTL, [3]uintptr{1<<32 | unix.PR_SET_SECCOMP, unix.SECCOMP_MODE_FILTER}, unix.EPERM},
 		{"clone3", unix.SYS_CLONE3, [3]uintptr{}, unix.ENOSYS},
 		{"x32 socket", x32 | unix.SYS_SOCKET, [3]uintptr{unix.AF_INET, unix.SOCK_STREAM}, unix.ENOSYS},
 		{"x32 getpid", x32 | unix.SYS_GETPID, [3]uintptr{}, unix.ENOSYS},

@@ -80,6 +80,27 @@ func TestGood(t *testing.T) {
 			}
 		})
 	}
+	t.Run("the policy's shape", func(t *testing.T) {
+		for _, platform := range []record.Platform{record.TDX, record.TPM} {
+			s := newScene(t, platform)
+			s.client.Policy.Shapes = []string{"large", "small"}
+			var v *attest.Verdict
+			s.client.Verified = func(got *attest.Session) { v = got.Verdict }
+			if err := s.ask(); err != nil || v.Shape != "small" {
+				t.Errorf("%s: %v, %+v", platform, err, v)
+			}
+		}
+	})
+	t.Run("another machine with a TPM, where the policy names no shape", func(t *testing.T) {
+		s := newScene(t, record.TPM)
+		s.vm.Firmware = append(s.vm.Firmware, attesttest.Measured{Register: 1, Data: []byte("more vCPUs")})
+		s.vm.Measure()
+		var v *attest.Verdict
+		s.client.Verified = func(got *attest.Session) { v = got.Verdict }
+		if err := s.ask(); err != nil || v.Shape != "" {
+			t.Errorf("%v, %+v", err, v)
+		}
+	})
 	t.Run("quote of version 4", func(t *testing.T) {
 		s := newScene(t, record.TDX)
 		s.vm.TD.Version = 4
@@ -333,22 +354,6 @@ var attacks = []struct {
 		s.vm.Manifest.Models = append(s.vm.Manifest.Models, m)
 		s.vm.Boot()
 	}},
-	{"GPUs, which cannot be checked", record.TDX, attest.CheckDisks, func(s *scene) {
-		s.vm.Manifest.GPUs = 1
-		s.vm.Boot()
-	}},
-	{"GPUs that were measured", record.TDX, attest.CheckGPU, func(s *scene) {
-		s.vm.Manifest.GPUs = 1
-		encoded, err := s.vm.Manifest.Encode()
-		if err != nil {
-			panic(err)
-		}
-		s.vm.Events, err = cel.Boot(encoded, s.vm.Manifest, [][]byte{[]byte("{}")})
-		if err != nil {
-			panic(err)
-		}
-		s.vm.Sign = func(d *evidence.Document) { d.GPU = []byte("{}") }
-	}},
 	{"no record at all", record.TDX, attest.CheckMRTD, func(s *scene) { s.client.Records = nil }},
 
 	{"a TPM's evidence where TDX is required", record.TPM, attest.CheckPlatform, func(s *scene) { s.client.Policy = attest.NewPolicy() }},
@@ -400,6 +405,24 @@ var attacks = []struct {
 	{"another boot policy", record.TPM, attest.CheckPCR7, func(s *scene) { s.vm.Firmware[2].Data = []byte("x"); s.vm.Measure() }},
 	{"another command line", record.TPM, attest.CheckPCR9, func(s *scene) { s.vm.Firmware[3].Data = []byte("x"); s.vm.Measure() }},
 	{"another part of the image", record.TPM, attest.CheckPCR11, func(s *scene) { s.vm.Firmware[5].Data = []byte("x"); s.vm.Measure() }},
+	{"a machine of no recorded shape, where the policy names one", record.TPM, attest.CheckPCR1, func(s *scene) {
+		s.client.Policy.Shapes = []string{"small"}
+		s.vm.Firmware = append(s.vm.Firmware, attesttest.Measured{Register: 1, Data: []byte("ACPI tables with more vCPUs")})
+		s.vm.Measure()
+	}},
+	{"a recorded shape that the policy does not name, on a TPM", record.TPM, attest.CheckPCR1, func(s *scene) { s.client.Policy.Shapes = []string{"medium"} }},
+	{"a recorded shape that the policy does not name", record.TDX, attest.CheckRTMR0, func(s *scene) { s.client.Policy.Shapes = []string{"medium"} }},
+	{"the named shape of another image's record", record.TPM, attest.CheckPCR1, func(s *scene) {
+		s.client.Policy.Shapes = []string{"small"}
+		s.vm.Firmware = append(s.vm.Firmware, attesttest.Measured{Register: 1, Data: []byte("another machine")})
+		s.vm.Measure()
+		other := s.vm.Record()
+		flipped := other.Image.PCRs[0].SHA256
+		flipped[0] ^= 1
+		key := other.Image.Key()
+		other.Shapes[0].Image = key[:]
+		s.client.Records = append(s.client.Records, other)
+	}},
 	{"an addon", record.TPM, attest.CheckUnused, func(s *scene) {
 		s.vm.Firmware = append(s.vm.Firmware, attesttest.Measured{Register: 12, Data: []byte("addon")})
 		s.vm.Measure()

@@ -155,12 +155,7 @@ func (k *Cache) Collateral(ctx context.Context, fmspc, ca string) (*Collateral, 
 	}
 	// A cache that cannot be written costs time, not trust.
 	if data, err := json.Marshal(fresh); err == nil && os.MkdirAll(k.Dir, 0o755) == nil {
-		if f, err := os.CreateTemp(k.Dir, "new-*"); err == nil {
-			_, err = f.Write(data)
-			if f.Close() != nil || err != nil || os.Rename(f.Name(), path) != nil {
-				os.Remove(f.Name())
-			}
-		}
+		_ = replaceFile(path, data)
 	}
 	return fresh, nil
 }

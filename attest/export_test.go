@@ -7,6 +7,7 @@ import (
 	"github.com/google/go-tdx-guest/verify"
 
 	"chrysalis/attest/evidence"
+	"chrysalis/attest/nvidia"
 )
 
 // SetIntelRoot makes a test's root Intel's until the function that it returns is
@@ -15,6 +16,14 @@ func SetIntelRoot(root *x509.Certificate) func() {
 	old := intelRoot
 	intelRoot = root
 	return func() { intelRoot = old }
+}
+
+// SetNVIDIARoots makes a test's roots NVIDIA's until the function that it returns is
+// called.
+func SetNVIDIARoots(roots nvidia.Roots) func() {
+	old := nvidiaRoots
+	nvidiaRoots = func() nvidia.Roots { return roots }
+	return func() { nvidiaRoots = old }
 }
 
 // SetClock makes a transport take the time from now.

@@ -34,14 +34,20 @@ type Policy struct {
 	Version int `json:"version"` // PolicyVersion
 
 	// AllowNotConfidential accepts evidence that proves which program runs, but not
-	// that the machine's owner cannot read it: a TPM's, or a TD's whose chain ends
-	// at another root than Intel's. It is for development. Platforms, TPMRoots and
-	// DevelopmentRoots that need it are refused without it.
+	// that the machine's owner cannot read it: a TPM's, or a TD's or a GPU's whose
+	// chain ends at another root than Intel's or NVIDIA's. It is for development.
+	// Fields that need it are refused without it.
 	AllowNotConfidential bool `json:"allow_not_confidential,omitempty"`
 
 	// Platforms restricts what evidence may come from. Empty allows TDX and, with
 	// AllowNotConfidential, a TPM.
 	Platforms []record.Platform `json:"platforms,omitempty"`
+
+	// Shapes lists the only machines allowed, by their names in the records. A TD must
+	// be of a recorded shape anyhow; on a TPM, where this is not set, any machine with
+	// a recorded image will do, because what a development machine measures of itself
+	// is its own affair.
+	Shapes []string `json:"shapes,omitempty"`
 
 	// MaxAgeSeconds is how long a TLS key counts as verified, 1 to 86400; 0 is
 	// DefaultMaxAge.
@@ -80,6 +86,33 @@ type Policy struct {
 	TDXRoots         []string `json:"tdx_roots,omitempty"`
 	TPMRoots         []string `json:"tpm_roots,omitempty"`
 	DevelopmentRoots []string `json:"development_roots,omitempty"`
+
+	// GPUModels lists the only GPUs allowed, as NVML names them, like "NVIDIA H200".
+	// Empty allows those of nvidia.Hopper.
+	GPUModels []string `json:"gpu_models,omitempty"`
+
+	// GPUMinDriver refuses GPUs with an older driver, like "550.90.07".
+	GPUMinDriver string `json:"gpu_min_driver,omitempty"`
+
+	// GPUMaxOCSPAgeSeconds is how old NVIDIA's answer may be that a GPU, and what its
+	// RIMs are signed with, are not revoked: 1 to 7776000, which is 90 days; 0 is
+	// DefaultGPUMaxOCSPAge.
+	GPUMaxOCSPAgeSeconds int `json:"gpu_max_ocsp_age_seconds,omitempty"`
+
+	// AllowNoGPUOCSP accepts GPUs and RIMs on whose revocation there is no answer that
+	// is recent enough. An answer that says "revoked" counts all the same.
+	AllowNoGPUOCSP bool `json:"allow_no_gpu_ocsp,omitempty"`
+
+	// AllowUnattestedNVSwitch accepts GPUs in protected PCIe, which leaves NVLink in
+	// clear and depends on NVSwitches that nobody verifies. It needs
+	// AllowNotConfidential.
+	AllowUnattestedNVSwitch bool `json:"allow_unattested_nvswitch,omitempty"`
+
+	// GPUDeviceRoots and GPURIMRoots, the SHA-256 of certificates, replace NVIDIA's
+	// roots of GPUs and of RIMs. They are for development, and need
+	// AllowNotConfidential.
+	GPUDeviceRoots []record.Hex `json:"gpu_device_roots,omitempty"`
+	GPURIMRoots    []record.Hex `json:"gpu_rim_roots,omitempty"`
 
 	xfam             uint64
 	tdxRoots         []*x509.Certificate
@@ -136,7 +169,10 @@ func NewPolicy() *Policy {
 	return p
 }
 
-var keyRE = regexp.MustCompile(`^[a-z0-9_]+$`)
+var (
+	keyRE   = regexp.MustCompile(`^[a-z0-9_]+$`)
+	shapeRE = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$`)
+)
 
 // ParsePolicy reads a policy, one JSON object. It refuses unknown fields, a field
 // twice, and relaxations that contradict each other.
@@ -196,10 +232,18 @@ func (p *Policy) Check() error {
 			{"tdx_roots", len(p.TDXRoots) > 0},
 			{"tpm_roots", len(p.TPMRoots) > 0},
 			{"development_roots", len(p.DevelopmentRoots) > 0},
+			{"allow_unattested_nvswitch", p.AllowUnattestedNVSwitch},
+			{"gpu_device_roots", len(p.GPUDeviceRoots) > 0},
+			{"gpu_rim_roots", len(p.GPURIMRoots) > 0},
 		} {
 			if relaxed.set {
 				return fmt.Errorf("%s: needs allow_not_confidential, because such evidence does not prove confidentiality", relaxed.name)
 			}
+		}
+	}
+	for i, name := range p.Shapes {
+		if !shapeRE.MatchString(name) {
+			return fmt.Errorf("shapes[%d]: %.80q is not the name of a shape", i, name)
 		}
 	}
 	if p.MaxAgeSeconds < 0 || p.MaxAgeSeconds > 86400 {
@@ -212,6 +256,9 @@ func (p *Policy) Check() error {
 		if err := p.TCBWaivers[i].check(); err != nil {
 			return fmt.Errorf("tcb_waivers[%d]: %w", i, err)
 		}
+	}
+	if err := p.checkGPU(); err != nil {
+		return err
 	}
 	p.xfam = DefaultXFAM
 	if p.XFAM != "" {
@@ -309,6 +356,11 @@ func (p *Policy) allowsPlatform(platform record.Platform) string {
 		return fmt.Sprintf("the policy allows evidence of %v only", p.Platforms)
 	}
 	return ""
+}
+
+// allowsShape reports whether the policy allows machines of a record's shape.
+func (p *Policy) allowsShape(s *record.Shape) bool {
+	return len(p.Shapes) == 0 || slices.Contains(p.Shapes, s.Name)
 }
 
 // oneCertificate reads exactly one PEM certificate.

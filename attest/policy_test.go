@@ -18,6 +18,7 @@ func TestPolicyRefuses(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	sum := strings.Repeat("00", 32)
 	for _, tt := range []struct{ name, data, says string }{
 		{"empty", "", "EOF"},
 		{"no version", "{}", "version is 0"},
@@ -42,7 +43,16 @@ func TestPolicyRefuses(t *testing.T) {
 		{"a mask that is too short", `{"version":1,"xfam":"ff"}`, "xfam"},
 		{"a mask with a prefix", `{"version":1,"xfam":"0x00000000000061"}`, "xfam"},
 		{"a module that is too short", `{"version":1,"mrseam":["00"]}`, "mrseam[0]"},
+		{"a shape without a name", `{"version":1,"shapes":[""]}`, "shapes[0]"},
 		{"an engine without a root hash", `{"version":1,"engines":[{"name":"x","root_hash":""}]}`, "engines[0]"},
+		{"a GPU root without the relaxation", `{"version":1,"gpu_device_roots":["` + sum + `"]}`, "allow_not_confidential"},
+		{"a RIM root without the relaxation", `{"version":1,"gpu_rim_roots":["` + sum + `"]}`, "allow_not_confidential"},
+		{"NVSwitches without the relaxation", `{"version":1,"allow_unattested_nvswitch":true}`, "allow_not_confidential"},
+		{"a GPU root that is no hash", `{"version":1,"allow_not_confidential":true,"gpu_device_roots":["00"]}`, "gpu_device_roots[0]"},
+		{"a GPU's name that is none", `{"version":1,"gpu_models":["\u001b[31m"]}`, "gpu_models[0]"},
+		{"a driver version that is none", `{"version":1,"gpu_min_driver":"latest"}`, "gpu_min_driver"},
+		{"answers on revocation older than 90 days", `{"version":1,"gpu_max_ocsp_age_seconds":7776001}`, "gpu_max_ocsp_age_seconds"},
+		{"a negative age of answers", `{"version":1,"gpu_max_ocsp_age_seconds":-1}`, "gpu_max_ocsp_age_seconds"},
 		{"too large", `{"version":1}` + strings.Repeat(" ", attest.MaxPolicy), "at most"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -69,9 +79,11 @@ func TestPolicyRefuses(t *testing.T) {
 func FuzzPolicy(f *testing.F) {
 	f.Add([]byte(`{"version":1}`))
 	f.Add([]byte(`{"version":1,"tcb_waivers":[{"status":"OutOfDate","until":"2999-01-31","reason":"x"}],"xfam":"0000000000061ae7"}`))
+	f.Add([]byte(`{"version":1,"gpu_models":["NVIDIA H200"],"gpu_min_driver":"580.1","allow_no_gpu_ocsp":true,"gpu_max_ocsp_age_seconds":3600}`))
 	f.Fuzz(func(t *testing.T, data []byte) {
 		p, err := attest.ParsePolicy(data)
-		if err == nil && !p.AllowNotConfidential && (len(p.TDXRoots) > 0 || len(p.TPMRoots) > 0 || len(p.DevelopmentRoots) > 0) {
+		if err == nil && !p.AllowNotConfidential && (len(p.TDXRoots) > 0 || len(p.TPMRoots) > 0 || len(p.DevelopmentRoots) > 0 ||
+			len(p.GPUDeviceRoots) > 0 || len(p.GPURIMRoots) > 0) {
 			t.Error("a root without the relaxation")
 		}
 	})

@@ -13,17 +13,19 @@ import (
 	"time"
 
 	"chrysalis/attest/evidence"
+	"chrysalis/attest/nvidia"
 	"chrysalis/measure/record"
 )
 
 // The files of a saved verification.
 const (
-	FileEvidence   = "evidence.json"
-	FilePolicy     = "policy.json"
-	FileCollateral = "collateral.json"
-	FileSession    = "session.json"
-	FileVerdict    = "verdict.json"
-	fileRecord     = "record-%d.json" // from 0
+	FileEvidence      = "evidence.json"
+	FilePolicy        = "policy.json"
+	FileCollateral    = "collateral.json"     // Intel's
+	FileGPUCollateral = "gpu-collateral.json" // NVIDIA's
+	FileSession       = "session.json"
+	FileVerdict       = "verdict.json"
+	fileRecord        = "record-%d.json" // from 0
 )
 
 // maxSaved bounds each file of a saved verification, in bytes.
@@ -56,6 +58,13 @@ func (s *Session) Save(dir string, policy *Policy, records []*record.File) error
 		files[FileCollateral] = s.Collateral
 	}
 	raw := map[string][]byte{FileEvidence: s.Document}
+	if c := selectGPU(s.Document, s.gpu); c != nil {
+		data, err := c.Encode()
+		if err != nil {
+			return fmt.Errorf("save the evidence: %w", err)
+		}
+		raw[FileGPUCollateral] = data
+	}
 	for name, v := range files {
 		data, err := json.MarshalIndent(v, "", "  ")
 		if err != nil {
@@ -129,8 +138,18 @@ func Offline(ctx context.Context, dir string, policy *Policy, records []*record.
 	} else if !errors.Is(err, fs.ErrNotExist) {
 		return nil, err
 	}
+	if data, err = readSaved(dir, FileGPUCollateral); err == nil {
+		c, err := nvidia.ParseCollateral(data)
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", filepath.Join(dir, FileGPUCollateral), err)
+		}
+		in.GPU = &GPUCollateral{Bundle: c}
+	} else if !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
 	begin := time.Now()
-	s.Verdict = Verify(ctx, s.Document, in)
+	s.Verdict = verifyAll(ctx, s.Document, &in)
+	s.gpu = in.usedGPU
 	s.Took = time.Since(begin)
 	return s, nil
 }

@@ -283,8 +283,10 @@ func (r *run) verifyTDX(ctx context.Context, d *evidence.Document, in *Input) (e
 	}
 	narrow(CheckMRTD, t.mrtd, func(f *record.File) [][]byte { return [][]byte{f.Image.MRTD} })
 	narrow(CheckRTMR0, t.rtmr[0], func(f *record.File) (out [][]byte) {
-		for _, s := range f.Shapes {
-			out = append(out, s.RTMR0)
+		for i := range f.Shapes {
+			if in.Policy.allowsShape(&f.Shapes[i]) {
+				out = append(out, f.Shapes[i].RTMR0)
+			}
 		}
 		return out
 	})
@@ -292,8 +294,8 @@ func (r *run) verifyTDX(ctx context.Context, d *evidence.Document, in *Input) (e
 	narrow(CheckRTMR2, t.rtmr[2], func(f *record.File) [][]byte { return [][]byte{f.Image.RTMR2} })
 	if len(files) > 0 {
 		r.verdict.Image = files[0].Image.Name
-		for _, s := range files[0].Shapes {
-			if bytes.Equal(s.RTMR0, t.rtmr[0]) {
+		for i := range files[0].Shapes {
+			if s := &files[0].Shapes[i]; bytes.Equal(s.RTMR0, t.rtmr[0]) && in.Policy.allowsShape(s) {
 				r.verdict.Shape = s.Name
 			}
 		}

@@ -81,6 +81,7 @@ func (r *run) verifyTPM(d *evidence.Document, in *Input) (events []cel.Event) {
 			return pass("")
 		})
 	}
+	r.check(CheckPCR1, "", func() outcome { return r.checkPCR1(files, pcr[1], in.Policy) })
 	if len(files) > 0 {
 		r.verdict.Image = files[0].Image.Name
 	}
@@ -107,6 +108,31 @@ func (r *run) verifyTPM(d *evidence.Document, in *Input) (events []cel.Event) {
 		return o
 	})
 	return events
+}
+
+// checkPCR1 compares the machine with the shapes of the records that fit the image.
+func (r *run) checkPCR1(files []*record.File, got []byte, p *Policy) outcome {
+	if len(files) == 0 {
+		return noRecord(false)
+	}
+	var values []record.Hex
+	for _, f := range files {
+		for i := range f.Shapes {
+			s := &f.Shapes[i]
+			if !p.allowsShape(s) {
+				continue
+			}
+			if bytes.Equal(s.PCR1, got) {
+				r.verdict.Shape = s.Name
+				return pass("%s", s.Name)
+			}
+			values = append(values, s.PCR1)
+		}
+	}
+	if len(p.Shapes) == 0 {
+		return pass("not a recorded shape, and the policy names none")
+	}
+	return outcome{Failed, "not in the records of the policy's shapes", one(values), hex.EncodeToString(got)}
 }
 
 // attestationKey returns the key whose certificate ends at a root of the policy.

@@ -17,15 +17,16 @@ import (
 	"time"
 
 	"chrysalis/attest/evidence"
+	"chrysalis/attest/nvidia"
 	"chrysalis/measure/record"
 )
 
 // DefaultTimeout bounds connecting, the TLS handshake and the evidence together.
 const DefaultTimeout = 30 * time.Second
 
-// maxAnswer bounds the whole answer that carries evidence, headers and framing
-// included, in bytes.
-const maxAnswer = evidence.MaxSize + 64<<10
+// overhead bounds an answer's headers and framing, and the body of one that is not
+// what was asked for, in bytes.
+const overhead = 64 << 10
 
 // Transport is an http.RoundTripper that sends a request only over a connection
 // whose peer is verified. Evidence is fetched over a new connection before that
@@ -40,7 +41,8 @@ type Transport struct {
 	Policy     *Policy
 	Records    []*record.File
 	Collateral Source
-	Timeout    time.Duration // 0 is DefaultTimeout
+	GPU        *GPUCollateral // to be shared with other transports; nil has what VMs carry
+	Timeout    time.Duration  // 0 is DefaultTimeout
 
 	// Dial connects; nil is the net package's.
 	Dial func(ctx context.Context, network, address string) (net.Conn, error)
@@ -99,7 +101,8 @@ type Session struct {
 	Fetch      time.Duration // how long the evidence took to come
 	Took       time.Duration // how long it took to check
 
-	epoch uint64 // of the records that it was made by
+	epoch uint64           // of the records that it was made by
+	gpu   *nvidia.Verifier // that judged the GPUs
 }
 
 // peer is what is known of one host.
@@ -311,9 +314,14 @@ func (t *Transport) verify(ctx context.Context, conn net.Conn, host string, key 
 	begin = time.Now()
 	var records []*record.File
 	records, s.epoch = t.records()
-	s.Verdict, s.Collateral = verifyAll(ctx, s.Document, Input{
-		Policy: t.Policy, Records: records, Collateral: t.Collateral, Nonce: s.Nonce, TLSKey: key, Time: t.clock(),
-	})
+	in := Input{
+		Policy: t.Policy, Records: records, Collateral: t.Collateral, GPU: t.GPU, Nonce: s.Nonce, TLSKey: key, Time: t.clock(),
+		carried: func(ctx context.Context) (*nvidia.Collateral, error) {
+			return t.fetchGPUCollateral(ctx, host, deadline)
+		},
+	}
+	s.Verdict = verifyAll(ctx, s.Document, &in)
+	s.Collateral, s.gpu = in.used, in.usedGPU
 	s.Took = time.Since(begin)
 	if t.Verified != nil {
 		t.Verified(s)
@@ -321,22 +329,57 @@ func (t *Transport) verify(ctx context.Context, conn net.Conn, host string, key 
 	return s, s.Verdict.Err()
 }
 
-// fetch asks for evidence. The peer gets no more of an answer than maxAnswer and
-// no longer than the connection's deadline.
-func fetch(conn net.Conn, host string, nonce []byte) ([]byte, error) {
-	request, err := http.NewRequest(http.MethodGet, "https://"+host+evidence.Path+"?nonce="+base64.RawURLEncoding.EncodeToString(nonce), nil)
+// fetchGPUCollateral asks a VM for the collateral that it carries. It asks over a
+// connection of its own: who answers need not be trusted, and whatever the answer
+// is, the connection that the evidence came over can still be used.
+func (t *Transport) fetchGPUCollateral(ctx context.Context, host string, deadline time.Time) (*nvidia.Collateral, error) {
+	conn, _, _, err := t.dial(ctx, "tcp", host)
 	if err != nil {
 		return nil, err
 	}
-	request.Header.Set("User-Agent", "chrysalis")
-	if err := request.Write(conn); err != nil {
+	defer conn.Close()
+	// A VM that does not answer must leave time to ask NVIDIA.
+	conn.SetDeadline(time.Now().Add(time.Until(deadline) / 2))
+	stop := context.AfterFunc(ctx, func() { conn.SetDeadline(time.Unix(1, 0)) })
+	defer stop()
+	status, data, err := get(conn, host, evidence.GPUCollateralPath, nvidia.MaxCollateralSize)
+	switch {
+	case status == http.StatusNotFound:
+		return nil, nil
+	case status != 0 && status != http.StatusOK:
+		return nil, fmt.Errorf("it answered %d to the question for GPU collateral", status)
+	case err != nil:
 		return nil, err
 	}
-	limited := &io.LimitedReader{R: conn, N: maxAnswer}
+	return nvidia.ParseCollateral(data)
+}
+
+// fetch asks for evidence.
+func fetch(conn net.Conn, host string, nonce []byte) ([]byte, error) {
+	status, document, err := get(conn, host, evidence.Path+"?nonce="+base64.RawURLEncoding.EncodeToString(nonce), evidence.MaxSize)
+	if status != 0 && status != http.StatusOK {
+		return nil, fmt.Errorf("the server answered %d", status)
+	}
+	return document, err
+}
+
+// get asks for something before anything else is sent. The peer gets no more of an
+// answer than limit bytes and no longer than the connection's deadline. After an
+// error the connection cannot be used any more. The status is 0 when none came.
+func get(conn net.Conn, host, path string, limit int) (status int, body []byte, err error) {
+	request, err := http.NewRequest(http.MethodGet, "https://"+host+path, nil)
+	if err != nil {
+		return 0, nil, err
+	}
+	request.Header.Set("User-Agent", "chrysalis")
+	if err := request.Write(conn); err != nil {
+		return 0, nil, err
+	}
+	limited := &io.LimitedReader{R: conn, N: int64(limit) + overhead}
 	in := bufio.NewReader(limited)
 	tooLarge := func(err error) error {
 		if limited.N <= 0 {
-			return fmt.Errorf("the answer is more than %d bytes", maxAnswer)
+			return fmt.Errorf("the answer is more than %d bytes", limit+overhead)
 		}
 		if timeout, ok := errors.AsType[net.Error](err); ok && timeout.Timeout() {
 			return errors.New("it does not come in time")
@@ -345,24 +388,24 @@ func fetch(conn net.Conn, host string, nonce []byte) ([]byte, error) {
 	}
 	answer, err := http.ReadResponse(in, request)
 	if err != nil {
-		return nil, tooLarge(err)
+		return 0, nil, tooLarge(err)
 	}
 	defer answer.Body.Close()
 	if answer.StatusCode != http.StatusOK {
-		return nil, fmt.Errorf("the server answered %d", answer.StatusCode)
+		limit = overhead
 	}
-	document, err := io.ReadAll(io.LimitReader(answer.Body, evidence.MaxSize+1))
+	body, err = io.ReadAll(io.LimitReader(answer.Body, int64(limit)+1))
 	if err != nil {
-		return nil, tooLarge(err)
+		return answer.StatusCode, nil, tooLarge(err)
 	}
-	if len(document) > evidence.MaxSize {
-		return nil, fmt.Errorf("it is more than %d bytes", evidence.MaxSize)
+	if len(body) > limit {
+		return answer.StatusCode, nil, fmt.Errorf("it is more than %d bytes", limit)
 	}
-	// What follows would be taken for the answer to the first request.
+	// What follows would be taken for the answer to the next request.
 	if answer.Close || answer.Uncompressed || in.Buffered() > 0 {
-		return nil, errors.New("the server does not keep the connection for a request after it")
+		return answer.StatusCode, nil, errors.New("the server does not keep the connection for a request after it")
 	}
-	return document, nil
+	return answer.StatusCode, body, nil
 }
 
 // Attest fetches and checks evidence of an endpoint, https://HOST:PORT, over a new

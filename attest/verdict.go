@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"time"
 
+	"chrysalis/attest/nvidia"
 	"chrysalis/measure/record"
 )
 
@@ -61,6 +62,7 @@ const (
 	CheckPCR7   Name = "pcr7"
 	CheckPCR9   Name = "pcr9"
 	CheckPCR11  Name = "pcr11"
+	CheckPCR1   Name = "pcr1"
 	CheckUnused Name = "pcr-unused"
 
 	CheckFirmwareLog Name = "firmware-log"
@@ -71,7 +73,9 @@ const (
 	CheckDisks    Name = "disks"
 	CheckEngine   Name = "engine"
 	CheckModel    Name = "model"
-	CheckGPU      Name = "gpu"
+	// CheckGPU is followed by those of package attest/nvidia, under their names, where
+	// there are GPUs.
+	CheckGPU Name = "gpu"
 )
 
 // titles say what holds when a check passes.
@@ -95,6 +99,7 @@ var titles = map[Name]string{
 	CheckPCR7:        "the firmware's boot policy is the recorded one",
 	CheckPCR9:        "initrd and command line are the recorded ones",
 	CheckPCR11:       "the image's parts are the recorded ones",
+	CheckPCR1:        "the machine is one that the policy allows",
 	CheckUnused:      "nothing was added to the image",
 	CheckFirmwareLog: "the firmware's log is what was measured",
 	CheckRTMR3:       "the event log is what was measured",
@@ -103,7 +108,7 @@ var titles = map[Name]string{
 	CheckDisks:       "the disks are those of the manifest",
 	CheckEngine:      "the engine is approved",
 	CheckModel:       "the model is approved",
-	CheckGPU:         "no GPU is there that was not checked",
+	CheckGPU:         "the VM has the GPUs that the manifest asks for",
 }
 
 var (
@@ -111,7 +116,7 @@ var (
 		CheckXFAM, CheckModule, CheckOwner, CheckReportData, CheckMRTD, CheckRTMR0, CheckRTMR1, CheckRTMR2,
 		CheckFirmwareLog, CheckRTMR3, CheckManifest, CheckDisks, CheckEngine, CheckModel, CheckGPU}
 	checksTPM = []Name{CheckEvidence, CheckPlatform, CheckTLSKey, CheckNonce, CheckQuote, CheckReportData,
-		CheckPCR4, CheckPCR7, CheckPCR9, CheckPCR11, CheckUnused,
+		CheckPCR4, CheckPCR7, CheckPCR9, CheckPCR11, CheckPCR1, CheckUnused,
 		CheckFirmwareLog, CheckPCR15, CheckManifest, CheckDisks, CheckEngine, CheckModel, CheckGPU}
 )
 
@@ -125,7 +130,8 @@ type Check struct {
 	Expected string `json:"expected,omitempty"`
 	Found    string `json:"found,omitempty"`
 
-	Took time.Duration `json:"-"` // how long the check took
+	// Took is how long the check took; CheckGPU's is that of all checks of GPUs.
+	Took time.Duration `json:"-"`
 }
 
 // String is one line, without expected and found.
@@ -144,7 +150,8 @@ func (c Check) String() string {
 type Verdict struct {
 	OK bool `json:"ok"` // every check passed
 	// Confidential says that the owner of the machine cannot read what the VM is
-	// asked. Evidence of a TPM, or under another root than Intel's, never proves it.
+	// asked. Evidence of a TPM, or under another root than Intel's and NVIDIA's, never
+	// proves it, and neither do GPUs in protected PCIe.
 	Confidential bool            `json:"confidential"`
 	Platform     record.Platform `json:"platform,omitempty"`
 	At           time.Time       `json:"at"`
@@ -161,6 +168,7 @@ type Verdict struct {
 	TLSKey     record.Hex   `json:"tls_key,omitempty"`     // SHA-256 of the SPKI
 	ReceiptKey record.Hex   `json:"receipt_key,omitempty"` // Ed25519
 	ModelRoots []record.Hex `json:"model_roots,omitempty"` // root hashes, in Models' order
+	GPUs       []GPU        `json:"gpus,omitempty"`        // by PCI address
 }
 
 // Refused reports whether a check failed, rather than could not be made.
@@ -282,6 +290,11 @@ func (r *run) finish(all []Name) *Verdict {
 		}
 		if !found {
 			checks = append(checks, Check{Name: name, Title: titles[name], Status: NotRun})
+		}
+	}
+	for _, c := range v.Checks {
+		if gpuTitles[nvidia.Check(c.Name)] != "" { // in their order already, and last
+			checks = append(checks, c)
 		}
 	}
 	v.Checks = checks

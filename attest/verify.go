@@ -7,7 +7,7 @@
 // The VM's host and its owner, the network and whatever relays on it, the disks,
 // and everything that a server sends: it is bounded in size and time, parsed
 // strictly, and refused unless every check passes. What is trusted is Intel's
-// root, the records and the policy that the caller gives, and this program's
+// root, NVIDIA's where a VM has GPUs, the records and the policy that the caller gives, and this program's
 // clock.
 //
 // # What is checked
@@ -25,6 +25,7 @@
 //		Policy:  attest.NewPolicy(),
 //		Records: records,
 //		Collateral: &attest.Cache{Dir: dir, From: &attest.PCS{}},
+//		GPU:        &attest.GPUCollateral{Dir: gpuDir, Fetch: fetch.NVIDIA()},
 //	}}
 //
 // A request of this client is sent to a verified VM or fails with a
@@ -40,6 +41,7 @@ import (
 	"time"
 
 	"chrysalis/attest/evidence"
+	"chrysalis/attest/nvidia"
 	"chrysalis/measure/cel"
 	"chrysalis/measure/record"
 )
@@ -49,22 +51,24 @@ type Input struct {
 	Policy     *Policy        // parsed or made by NewPolicy
 	Records    []*record.File // what is approved; nothing is when there are none
 	Collateral Source         // for TDX; nil leaves the TCB unchecked, and so refused
+	GPU        *GPUCollateral // for GPUs, besides what the VM carries
 	Nonce      []byte         // evidence.NonceSize bytes, random, never used before
 	TLSKey     []byte         // SubjectPublicKeyInfo (DER) of the connection's peer
 	Time       time.Time      // zero is now
 
-	used *Collateral
+	carried carrier // what the VM carries for its GPUs; nil carries nothing
+	used    *Collateral
+	usedGPU *nvidia.Verifier
 }
 
 // Verify checks a document of evidence. It never returns nil; a verdict that is
 // not OK says why, check by check.
 func Verify(ctx context.Context, document []byte, in Input) *Verdict {
-	v, _ := verifyAll(ctx, document, in)
-	return v
+	return verifyAll(ctx, document, &in)
 }
 
-// verifyAll also returns the collateral that was used.
-func verifyAll(ctx context.Context, document []byte, in Input) (*Verdict, *Collateral) {
+// verifyAll also says, in its input, which collateral was used.
+func verifyAll(ctx context.Context, document []byte, in *Input) *Verdict {
 	if in.Time.IsZero() {
 		in.Time = time.Now()
 	}
@@ -112,14 +116,14 @@ func verifyAll(ctx context.Context, document []byte, in Input) (*Verdict, *Colla
 	switch {
 	case d == nil:
 	case d.TDX != nil:
-		events, mrConfigID = r.verifyTDX(ctx, d, &in)
+		events, mrConfigID = r.verifyTDX(ctx, d, in)
 	default:
-		events = r.verifyTPM(d, &in)
+		events = r.verifyTPM(d, in)
 	}
 	if d != nil {
-		r.verifyWorkload(d, events, mrConfigID, &in)
+		r.verifyWorkload(ctx, d, events, mrConfigID, in)
 	}
-	return r.finish(checks), in.used
+	return r.finish(checks)
 }
 
 // plain makes an error's text fit for one line of a verdict: the peer's words may

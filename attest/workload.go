@@ -2,6 +2,7 @@ package attest
 
 import (
 	"bytes"
+	"context"
 	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
@@ -36,7 +37,7 @@ func replayCEL(log []byte, register cel.Register, pcr, rtmr []byte) ([]cel.Event
 
 // verifyWorkload makes the checks of what runs in the VM, given its measured
 // events, which are nil when they are not proven. mrConfigID is nil on a TPM.
-func (r *run) verifyWorkload(d *evidence.Document, events []cel.Event, mrConfigID []byte, in *Input) {
+func (r *run) verifyWorkload(ctx context.Context, d *evidence.Document, events []cel.Event, mrConfigID []byte, in *Input) {
 	var m *manifest.Manifest
 	if events == nil {
 		r.over = true
@@ -94,17 +95,7 @@ func (r *run) verifyWorkload(d *evidence.Document, events []cel.Event, mrConfigI
 			r.verdict.ModelRoots = append(r.verdict.ModelRoots, root)
 		}
 	}
-	r.check(CheckGPU, "", func() outcome {
-		if m.GPUs == 0 && d.GPU == nil {
-			return pass("the manifest asks for none, and none was measured")
-		}
-		return unsupportedGPU(m.GPUs)
-	})
-}
-
-// unsupportedGPU refuses GPUs: a client that cannot check one must not trust it.
-func unsupportedGPU(n int) outcome {
-	return fail("the VM has GPUs (the manifest asks for %d), and this program cannot check GPU evidence yet", n)
+	r.verifyGPUs(ctx, d, m, events, in)
 }
 
 // checkModel wants name, revision and root hash in one place: the host writes the

@@ -239,11 +239,22 @@ func (c *Chain) extend(txs []ledger.Transaction, key, shard bool) error {
 	confirmed := prev.shard
 	if shard || len(txs) > 0 {
 		for _, tx := range txs {
-			account := c.ledger.Accounts[tx.Account]
-			if err := c.accounts.Set(cell.BeginCell().MustStoreSlice(tx.Account[:], 256).EndCell(), account.ShardAccountCell()); err != nil {
+			lt = max(lt, tx.LT+1)
+			key := cell.BeginCell().MustStoreSlice(tx.Account[:], 256).EndCell()
+			var err error
+			switch account := c.ledger.Accounts[tx.Account]; {
+			case account != nil && account.State().IsValid:
+				err = c.accounts.Set(key, account.ShardAccountCell())
+			default: // a contract that has destroyed itself is in no state any more
+				delete(c.ledger.Accounts, tx.Account)
+				err = c.accounts.Delete(key)
+				if errors.Is(err, cell.ErrNoSuchKeyInDict) {
+					err = nil
+				}
+			}
+			if err != nil {
 				return err
 			}
-			lt = max(lt, tx.LT+1)
 		}
 		number := confirmed.id.SeqNo + 1
 		state, err := shardState(c.options.GlobalID, 0, number, now, lt, c.accounts, nil)

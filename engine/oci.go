@@ -12,12 +12,16 @@ import (
 	"fmt"
 	"hash"
 	"io"
+	"net"
+	"net/http"
+	"net/url"
 	"strings"
 
 	"github.com/google/go-containerregistry/pkg/name"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/layout"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
+	"github.com/google/go-containerregistry/pkg/v1/remote/transport"
 	"github.com/google/go-containerregistry/pkg/v1/types"
 	"github.com/klauspost/compress/zstd"
 )
@@ -41,7 +45,8 @@ func refuseImage(format string, args ...any) error {
 // the digest by whoever reads it.
 type store interface {
 	manifest(ctx context.Context, h v1.Hash) (io.ReadCloser, error)
-	blob(ctx context.Context, h v1.Hash) (io.ReadCloser, error)
+	// blob gives out a blob that should have at most size bytes.
+	blob(ctx context.Context, h v1.Hash, size int64) (io.ReadCloser, error)
 }
 
 // openImage takes "oci:DIR@sha256:…" or "docker://NAME@sha256:…" apart. An image is
@@ -67,32 +72,99 @@ func openImage(src string) (store, v1.Hash, error) {
 	if err != nil {
 		return nil, v1.Hash{}, fmt.Errorf("%w: %w", ErrImage, err)
 	}
-	return registry{ref.Context()}, h, nil
+	r := registry{ref.Context()}
+	if r.Scheme() == "http" && !r.local() {
+		return nil, v1.Hash{}, refuseImage("%s would be asked without TLS, which only one on this machine is; give its name in the DNS", r.RegistryStr())
+	}
+	return r, h, nil
 }
 
 // folder is an OCI layout.
 type folder struct{ layout.Path }
 
 func (f folder) manifest(_ context.Context, h v1.Hash) (io.ReadCloser, error) { return f.Blob(h) }
-func (f folder) blob(_ context.Context, h v1.Hash) (io.ReadCloser, error)     { return f.Blob(h) }
+func (f folder) blob(_ context.Context, h v1.Hash, _ int64) (io.ReadCloser, error) {
+	return f.Blob(h)
+}
 
 // registry is a repository in a registry, read without credentials.
 type registry struct{ name.Repository }
 
 func (r registry) manifest(ctx context.Context, h v1.Hash) (io.ReadCloser, error) {
-	d, err := remote.Get(r.Digest(h.String()), remote.WithContext(ctx))
+	d, err := remote.Get(r.Digest(h.String()), r.options(ctx, maxManifest)...)
 	if err != nil {
-		return nil, err
+		return nil, explain(err)
 	}
 	return io.NopCloser(bytes.NewReader(d.Manifest)), nil
 }
 
-func (r registry) blob(ctx context.Context, h v1.Hash) (io.ReadCloser, error) {
-	l, err := remote.Layer(r.Digest(h.String()), remote.WithContext(ctx))
+func (r registry) blob(ctx context.Context, h v1.Hash, size int64) (io.ReadCloser, error) {
+	l, err := remote.Layer(r.Digest(h.String()), r.options(ctx, max(size, maxManifest))...)
 	if err != nil {
-		return nil, err
+		return nil, explain(err)
 	}
-	return l.Compressed()
+	blob, err := l.Compressed()
+	return blob, explain(err)
+}
+
+func (r registry) options(ctx context.Context, limit int64) []remote.Option {
+	return []remote.Option{remote.WithContext(ctx), remote.WithTransport(guarded{remote.DefaultTransport, r.local(), limit})}
+}
+
+// local reports whether the registry is on this machine.
+func (r registry) local() bool { return loopback((&url.URL{Host: r.RegistryStr()}).Hostname()) }
+
+func loopback(host string) bool {
+	ip := net.ParseIP(host)
+	return host == "localhost" || ip != nil && ip.IsLoopback()
+}
+
+// explain adds what a user can do about an image that not everyone may read.
+func explain(err error) error {
+	refused, ok := errors.AsType[*transport.Error](err)
+	if ok && (refused.StatusCode == http.StatusUnauthorized || refused.StatusCode == http.StatusForbidden) {
+		return fmt.Errorf("%w; no credentials are sent: copy the image to an OCI layout (skopeo copy) and give oci:DIR@sha256:…", err)
+	}
+	return err
+}
+
+// guarded is the way to a registry, and to wherever it sends: registries keep blobs
+// on other hosts. What comes from there is checked by its digest; here it is bounded,
+// and nobody is asked without TLS but a registry on this machine, nor does one
+// elsewhere get this machine to ask itself.
+type guarded struct {
+	http.RoundTripper
+	local bool
+	limit int64 // bytes of an answer
+}
+
+func (g guarded) RoundTrip(req *http.Request) (*http.Response, error) {
+	here := loopback(req.URL.Hostname())
+	switch {
+	case here && !g.local:
+		return nil, refuseImage("the registry sends to %s, which is this machine", req.URL.Host)
+	case req.URL.Scheme != "https" && !here:
+		return nil, refuseImage("the registry sends to %s without TLS", req.URL.Host)
+	}
+	resp, err := g.RoundTripper.RoundTrip(req)
+	if err == nil {
+		resp.Body = &limited{resp.Body, g.limit}
+	}
+	return resp, err
+}
+
+// limited is an answer that may have so many bytes.
+type limited struct {
+	io.ReadCloser
+	left int64
+}
+
+func (l *limited) Read(p []byte) (int, error) {
+	n, err := l.ReadCloser.Read(p)
+	if l.left -= int64(n); l.left < 0 {
+		return 0, refuseImage("the registry's answer is longer than it may be")
+	}
+	return n, err
 }
 
 // readSmall reads a blob of at most maxManifest bytes and checks its digest.
@@ -144,7 +216,7 @@ func layers(ctx context.Context, s store, h v1.Hash) ([]layer, error) {
 	if err != nil {
 		return nil, err
 	}
-	r, err = s.blob(ctx, m.Config.Digest)
+	r, err = s.blob(ctx, m.Config.Digest, maxManifest)
 	if raw, err = readSmall(r, err, m.Config.Digest); err != nil {
 		return nil, err
 	}
@@ -265,7 +337,7 @@ func (h *hashed) check(want v1.Hash) error {
 // readLayer unpacks a layer into a root. Nothing of it may be used if it fails: a
 // digest is known only at the end.
 func (r *root) readLayer(ctx context.Context, s store, l layer) error {
-	blob, err := s.blob(ctx, l.digest)
+	blob, err := s.blob(ctx, l.digest, l.size)
 	if err != nil {
 		return fmt.Errorf("read layer %s: %w", l.digest, err)
 	}

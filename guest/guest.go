@@ -190,6 +190,8 @@ type CounterTable struct {
 	EngineRestarts int64 `json:"engine_restarts"` // since boot
 	AgentRSSKiB    int64 `json:"agent_rss_kib"`   // resident memory of PID 1
 	AgentPeakKiB   int64 `json:"agent_peak_kib"`  // its peak
+	Goroutines     int64 `json:"agent_goroutines"`
+	Descriptors    int64 `json:"agent_descriptors"` // open files and sockets of PID 1
 }
 
 // MaxControlMessage bounds a control message, request or reply, in bytes.

@@ -21,18 +21,51 @@ const keyring = "/usr/share/keyrings/debian-archive-keyring.gpg"
 
 // HostMirror returns the Debian mirror that the host's own apt uses.
 func HostMirror(ctx context.Context) (string, error) {
-	out, err := exec.CommandContext(ctx, "apt-get", "indextargets",
-		"--format", "$(ORIGIN)\t$(LABEL)\t$(REPO_URI)", "Created-By: Packages").Output()
+	list, err := hostMirrors(ctx)
 	if err != nil {
-		return "", fmt.Errorf("ask apt for the host's mirror: %w; give one with --mirror", err)
+		return "", err
 	}
-	for line := range strings.Lines(string(out)) {
-		fields := strings.Split(strings.TrimSpace(line), "\t")
-		if len(fields) == 3 && fields[0] == "Debian" && fields[1] == "Debian" {
-			return strings.TrimSuffix(fields[2], "/"), nil
+	for _, m := range list {
+		if m.origin == "Debian" && m.label == "Debian" {
+			return m.address, nil
 		}
 	}
 	return "", fmt.Errorf("the host's apt configuration names no Debian mirror, or 'apt-get update' never ran; give a mirror with --mirror")
+}
+
+// HostMirrors returns every place of Debian's that the host's own apt uses, those
+// for security updates and backports with it: a package that one has dropped is
+// often still in another.
+func HostMirrors(ctx context.Context) ([]string, error) {
+	list, err := hostMirrors(ctx)
+	if err != nil {
+		return nil, err
+	}
+	var out []string
+	for _, m := range list {
+		if !slices.Contains(out, m.address) {
+			out = append(out, m.address)
+		}
+	}
+	return out, nil
+}
+
+// hostMirror is where apt has an index from, and what that calls itself.
+type hostMirror struct{ origin, label, address string }
+
+func hostMirrors(ctx context.Context) (list []hostMirror, err error) {
+	out, err := exec.CommandContext(ctx, "apt-get", "indextargets",
+		"--format", "$(ORIGIN)\t$(LABEL)\t$(REPO_URI)", "Created-By: Packages").Output()
+	if err != nil {
+		return nil, fmt.Errorf("ask apt for the host's mirror: %w; give one with --mirror", err)
+	}
+	for line := range strings.Lines(string(out)) {
+		fields := strings.Split(strings.TrimSpace(line), "\t")
+		if len(fields) == 3 && strings.HasPrefix(fields[0], "Debian") {
+			list = append(list, hostMirror{fields[0], fields[1], strings.TrimSuffix(fields[2], "/")})
+		}
+	}
+	return list, nil
 }
 
 // Resolve makes a lock of what the first mirror that works serves now, and of

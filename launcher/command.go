@@ -65,6 +65,7 @@ type Artefacts struct {
 	ManifestSHA384 [48]byte // MRCONFIGID on TDX
 	GuestCID       uint32   // vsock address of the VM, above 2; not measured
 	GPUs           []string // PCI addresses, DDDD:BB:DD.F, as many as the shape says
+	DiskRate       int64    // bytes a second at which all disks together are read at most; 0: no limit
 }
 
 var pciRE = regexp.MustCompile(`^[0-9a-f]{4}:[0-9a-f]{2}:[01][0-9a-f]\.[0-7]$`)
@@ -87,6 +88,9 @@ func (a Artefacts) Check(shape Shape) error {
 	}
 	if a.GuestCID <= 2 {
 		return fmt.Errorf("vsock address %d is reserved", a.GuestCID)
+	}
+	if a.DiskRate < 0 {
+		return fmt.Errorf("a disk rate of %d bytes a second", a.DiskRate)
 	}
 	if len(a.GPUs) != shape.GPUs {
 		return fmt.Errorf("shape %s has %d GPUs and %d PCI addresses were given; give one --gpu for each", shape.Name, shape.GPUs, len(a.GPUs))
@@ -196,13 +200,16 @@ func Command(shape Shape, a Artefacts) []string {
 			"-device", fmt.Sprintf("vhost-user-vsock-pci,id=%s,chardev=vsock,bus=pcie.0,addr=%#x,disable-legacy=on,event_idx=off", userVsock, slotVsock))
 	}
 
+	if a.DiskRate > 0 {
+		argv = append(argv, "-object", fmt.Sprintf("throttle-group,id=%s,x-bps-read=%d", throttleGroup, a.DiskRate))
+	}
 	for i := range a.Disks {
 		first := ""
 		if a.FromDisk {
 			first = ",bootindex=0"
 		}
 		argv = append(argv,
-			"-blockdev", blockdev(i),
+			"-blockdev", blockdev(i, a.DiskRate > 0),
 			"-device", fmt.Sprintf("virtio-blk-pci,drive=disk%d,bus=pcie.0,addr=%#x,disable-legacy=on%s%s", i, slotDisk+i, access, first))
 	}
 
@@ -248,20 +255,30 @@ func tdxObject(manifest [48]byte) string {
 	return string(out)
 }
 
+// throttleGroup is the id of what limits the rate of the disks.
+const throttleGroup = "rate"
+
 // blockdev returns the -blockdev argument of a disk. Locking is off so that two
 // VMs can read one disk.
-func blockdev(i int) string {
-	out, err := json.Marshal(struct {
+func blockdev(i int, throttled bool) string {
+	type node struct {
 		Driver   string `json:"driver"`
-		Node     string `json:"node-name"`
+		Node     string `json:"node-name,omitempty"`
+		Group    string `json:"throttle-group,omitempty"`
 		ReadOnly bool   `json:"read-only"`
 		File     any    `json:"file"`
-	}{"raw", "disk" + strconv.Itoa(i), true, struct {
+	}
+	top := node{Driver: "raw", ReadOnly: true, File: struct {
 		Driver   string `json:"driver"`
 		Filename string `json:"filename"`
 		Locking  string `json:"locking"`
 		ReadOnly bool   `json:"read-only"`
-	}{"file", fmt.Sprintf(insideDisk, i), "off", true}})
+	}{"file", fmt.Sprintf(insideDisk, i), "off", true}}
+	if throttled {
+		top = node{Driver: "throttle", Group: throttleGroup, ReadOnly: true, File: top}
+	}
+	top.Node = "disk" + strconv.Itoa(i)
+	out, err := json.Marshal(top)
 	if err != nil {
 		panic(err) // strings only: cannot fail
 	}

@@ -2,6 +2,7 @@ package launcher
 
 import (
 	"flag"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -22,11 +23,17 @@ func testManifestHash() (h [48]byte) {
 func TestCommandGolden(t *testing.T) {
 	small, _ := LookupShape("small")
 	h100, _ := LookupShape("h100x1")
+	h200, _ := LookupShape("h200x8")
+	var eight []string
+	for i := range 8 {
+		eight = append(eight, fmt.Sprintf("0000:%02x:00.0", 0x1b+i))
+	}
 	for _, tt := range []struct {
 		name  string
 		shape Shape
 		art   Artefacts
 	}{
+		{"tdx-h200x8", h200, Artefacts{Platform: PlatformTDX, Transport: TransportKernel, Firmware: insideFirmware, Disks: 3, ManifestSHA384: testManifestHash(), GuestCID: 4711, GPUs: eight}},
 		{"tdx-small", small, Artefacts{Platform: PlatformTDX, Transport: TransportKernel, Firmware: insideFirmware, Disks: 3, ManifestSHA384: testManifestHash(), GuestCID: 4711}},
 		{"tdx-h100x1", h100, Artefacts{Platform: PlatformTDX, Transport: TransportKernel, Firmware: insideFirmware, Disks: 4, ManifestSHA384: testManifestHash(), GuestCID: 4711, GPUs: []string{"0000:b8:00.0"}}},
 		{"kvm-small", small, Artefacts{Platform: PlatformKVM, Transport: TransportKernel, Firmware: tpmFirmware, Disks: 3, ManifestSHA384: testManifestHash(), GuestCID: 4711}},
@@ -34,6 +41,7 @@ func TestCommandGolden(t *testing.T) {
 		{"tcg-small", small, Artefacts{Platform: PlatformTCG, Transport: TransportUser, Firmware: tpmFirmware, Disks: 3, ManifestSHA384: testManifestHash(), GuestCID: 3}},
 		{"tdx-small-from-disk", small, Artefacts{Platform: PlatformTDX, Transport: TransportKernel, Firmware: insideFirmware, Disks: 1, FromDisk: true, ManifestSHA384: testManifestHash(), GuestCID: 4711}},
 		{"tcg-small-18-disks", small, Artefacts{Platform: PlatformTCG, Transport: TransportUser, Firmware: tpmFirmware, Disks: 18, ManifestSHA384: testManifestHash(), GuestCID: 3}},
+		{"tcg-small-disk-rate", small, Artefacts{Platform: PlatformTCG, Transport: TransportUser, Firmware: tpmFirmware, Disks: 3, ManifestSHA384: testManifestHash(), GuestCID: 3, DiskRate: 32e6}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			if err := tt.art.Check(tt.shape); err != nil {
@@ -97,6 +105,7 @@ func TestArtefactsCheck(t *testing.T) {
 		{"good", small, func(*Artefacts) {}, ""},
 		{"unknown platform", small, func(a *Artefacts) { a.Platform = "xen" }, "no platform"},
 		{"TD without a kernel transport", small, func(a *Artefacts) { a.Platform = PlatformTDX; a.Transport = TransportUser }, "vhost-vsock"},
+		{"a disk rate below zero", small, func(a *Artefacts) { a.DiskRate = -1 }, "disk rate"},
 		{"no model", small, func(a *Artefacts) { a.Disks = 2 }, "2 disks"},
 		{"17 models", small, func(a *Artefacts) { a.Disks = 19 }, "19 disks"},
 		{"the host's address", small, func(a *Artefacts) { a.GuestCID = 2 }, "reserved"},
@@ -120,7 +129,7 @@ func TestArtefactsCheck(t *testing.T) {
 func TestLookupShape(t *testing.T) {
 	for _, name := range ShapeNames() {
 		s, err := LookupShape(name)
-		if err != nil || s.Memory%mib != 0 || s.VCPUs < 1 || (s.GPUs > 0) != (s.GPUModel != "") {
+		if err != nil || s.Memory%mib != 0 || s.VCPUs < 1 || (s.GPUs > 0) != (s.GPUModel != "") || (s.GPUs > 0) != (len(s.GPUBARs) > 0) || s.GPUs > 8 {
 			t.Errorf("%s: %+v, %v", name, s, err)
 		}
 	}

@@ -9,11 +9,31 @@ import (
 )
 
 func TestShapeForGPUs(t *testing.T) {
-	if name, err := ShapeForGPUs(1); err != nil || name != "h100x1" {
-		t.Errorf("%s, %v", name, err)
+	for _, tt := range []struct {
+		n    int
+		bars []uint64
+		want string // "" is refused
+	}{
+		{1, barsH100, "h100x1"}, {2, barsH100, "h100x2"}, {4, barsH100, "h100x4"}, {8, barsH100, "h100x8"},
+		{1, barsH200, "h200x1"}, {8, barsH200, "h200x8"},
+		{7, barsH100, ""}, {2, barsH200, ""}, {1, nil, ""}, {1, []uint64{16 * mib, 256 * mib, 32 * mib}, ""},
+	} {
+		name, err := ShapeForGPUs(tt.n, tt.bars)
+		if name != tt.want || (err == nil) != (tt.want != "") {
+			t.Errorf("%d GPUs with %s: %q, %v, expected %q", tt.n, Sizes(tt.bars), name, err, tt.want)
+		}
 	}
-	if name, err := ShapeForGPUs(7); err == nil {
-		t.Error(name)
+}
+
+func TestCheckGPU(t *testing.T) {
+	h100, _ := LookupShape("h100x1")
+	if err := h100.CheckGPU("0000:01:00.0", barsH100); err != nil {
+		t.Error(err)
+	}
+	for _, bars := range [][]uint64{barsH200, nil, barsH100[:2]} {
+		if err := h100.CheckGPU("0000:01:00.0", bars); err == nil || !strings.Contains(err.Error(), "16 MiB + 128 GiB + 32 MiB") {
+			t.Errorf("%s: %v", Sizes(bars), err)
+		}
 	}
 }
 

@@ -63,7 +63,7 @@ func parseStatus(line []byte) (guest.Status, error) {
 	c := &s.Counters
 	for _, n := range []*int64{
 		&s.UptimeMS, &s.KernelMS, &c.Connections, &c.Requests, &c.Active, &c.Refused, &c.Busy,
-		&c.Unavailable, &c.EngineErrors, &c.Cancelled, &c.EngineRestarts, &c.AgentRSSKiB, &c.AgentPeakKiB,
+		&c.Unavailable, &c.EngineErrors, &c.Cancelled, &c.EngineRestarts, &c.AgentRSSKiB, &c.AgentPeakKiB, &c.Goroutines, &c.Descriptors,
 	} {
 		*n = max(0, *n)
 	}

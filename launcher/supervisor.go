@@ -41,6 +41,7 @@ type config struct {
 	Disks          []string      `json:"disks"`              // manifest, engine, models
 	ManifestSHA384 [48]byte      `json:"manifest_sha384"`
 	GPUs           []string      `json:"gpus,omitempty"`
+	DiskRate       int64         `json:"disk_rate,omitempty"` // bytes a second
 	Listen         string        `json:"listen"`
 	Replaces       string        `json:"replaces,omitempty"` // the run that this one takes over from
 	Handover       bool          `json:"handover,omitempty"` // and whose listening socket it takes
@@ -408,6 +409,7 @@ func (s *supervisor) boot(v *vm, platform Platform) error {
 		ManifestSHA384: s.cfg.ManifestSHA384,
 		GuestCID:       cid,
 		GPUs:           s.cfg.GPUs,
+		DiskRate:       s.cfg.DiskRate,
 	}
 	if platform == PlatformTDX {
 		if s.cfg.Firmware == "" {
@@ -788,8 +790,10 @@ func (s *supervisor) becomeReady() error {
 	return nil
 }
 
-// maxConnections is how many clients a relay carries at a time.
-const maxConnections = 512
+// maxConnections is how many clients a relay carries at a time: more than a VM
+// holds with the largest limits (package agent/api). A VM that has too many hangs up
+// on one that does nothing; in the relay's queue all would wait alike.
+const maxConnections = 4096
 
 // serve starts to accept clients. The caller holds s.listening.
 func (s *supervisor) serve(relay *Relay) {

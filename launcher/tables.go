@@ -17,12 +17,11 @@ func Tables(ctx context.Context, tools *toolsroot.Root, shape Shape, a Artefacts
 	if err := a.Check(shape); err != nil {
 		return nil, err
 	}
-	return TablesOf(ctx, tools, Command(shape, a), shape.Bits(a.Platform))
+	return TablesOf(ctx, tools, Command(shape, a), acpi.Machine{Bits: shape.Bits(a.Platform), GPU: shape.GPUBARs})
 }
 
-// TablesOf is Tables for a command line that Command did not make. bits are the
-// guest's physical address bits.
-func TablesOf(ctx context.Context, tools *toolsroot.Root, argv []string, bits int) (*measure.Tables, error) {
+// TablesOf is Tables for a command line that Command did not make.
+func TablesOf(ctx context.Context, tools *toolsroot.Root, argv []string, m acpi.Machine) (*measure.Tables, error) {
 	// The tools root's folder is named by the hash of every package in it.
 	cache := acpi.Cache{QEMU: filepath.Base(tools.Dir)}
 	if dir, err := toolsroot.CacheDir(); err == nil {
@@ -47,7 +46,7 @@ func TablesOf(ctx context.Context, tools *toolsroot.Root, argv []string, bits in
 			return stderr.String()
 		}, nil
 	}
-	return cache.Read(ctx, start, argv, bits)
+	return cache.Read(ctx, start, argv, m)
 }
 
 // Bits are the guest's physical address bits on a platform.

@@ -2,6 +2,8 @@ package launcher
 
 import (
 	"bytes"
+	"fmt"
+	"strings"
 	"testing"
 	"time"
 
@@ -53,6 +55,33 @@ func TestTables(t *testing.T) {
 		if bytes.Equal(acpi(first), acpi(read(shape, a))) {
 			t.Errorf("%s makes no difference to the tables", name)
 		}
+	}
+	// So they do on how many GPUs there are and how large their regions.
+	gpus := map[string]string{}
+	for _, name := range []string{"none", "h100x1", "h100x2", "h100x4", "h100x8", "h200x1", "h200x8"} {
+		shape, a := small, tdx
+		if name != "none" {
+			gpu, err := LookupShape(name)
+			if err != nil {
+				t.Fatal(err)
+			}
+			shape.GPUs, shape.GPUBARs = gpu.GPUs, gpu.GPUBARs
+			for i := range gpu.GPUs {
+				a.GPUs = append(a.GPUs, fmt.Sprintf("0000:%02x:00.0", i+1))
+			}
+		}
+		got := string(acpi(read(shape, a)))
+		if other, ok := gpus[got]; ok {
+			t.Errorf("%s and %s have the same tables", name, other)
+		}
+		gpus[got] = name
+	}
+	tight := small
+	tight.TDXBits, tight.GPUs, tight.GPUBARs = 41, 2, barsH200
+	a := tdx
+	a.GPUs = []string{"0000:01:00.0", "0000:02:00.0"}
+	if _, err := Tables(t.Context(), tools, tight, a); err == nil || !strings.Contains(err.Error(), "the firmware's window has 256") {
+		t.Errorf("GPUs that do not fit: %v", err)
 	}
 	more := small
 	more.Memory *= 2

@@ -45,6 +45,7 @@ type Options struct {
 	// GPUCollateral is a file with what NVIDIA signs about the GPUs (package
 	// attest/nvidia, Collateral). When empty it is CollateralPath's, if that is there.
 	GPUCollateral string
+	DiskRate      int64         // bytes a second at which all disks together are read at most; 0: no limit
 	Accel         Accel         // AccelAuto when empty
 	Listen        string        // HOST:PORT; 127.0.0.1:8443 when empty, or the replaced VM's address; port 0 picks one
 	Replace       bool          // start beside a running VM of that name, then take its place
@@ -213,7 +214,7 @@ func (o Options) plan() (config, []byte, error) {
 	}
 	cfg := config{
 		Name: o.Name, Tools: o.Tools.Dir, Shape: shape, Accel: o.Accel,
-		GPUs: o.GPUs, Listen: o.Listen, DrainTimeout: o.Drain,
+		GPUs: o.GPUs, DiskRate: o.DiskRate, Listen: o.Listen, DrainTimeout: o.Drain,
 	}
 	if cfg.Image, err = absolute("image", o.Image); err != nil {
 		return fail(err)
@@ -243,7 +244,7 @@ func (o Options) plan() (config, []byte, error) {
 	}
 	// Which platform it will be is not known yet; what does not depend on it is
 	// checked before anything is started.
-	art := Artefacts{Platform: PlatformKVM, Transport: TransportKernel, Disks: len(cfg.Disks) + 1, GuestCID: 3, GPUs: o.GPUs}
+	art := Artefacts{Platform: PlatformKVM, Transport: TransportKernel, Disks: len(cfg.Disks) + 1, GuestCID: 3, GPUs: o.GPUs, DiskRate: o.DiskRate}
 	if err := art.Check(shape); err != nil {
 		return fail(err)
 	}

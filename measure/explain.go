@@ -2,6 +2,7 @@ package measure
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
@@ -82,8 +83,13 @@ func Explain(f *record.File, o Observed, shape string, guesses func(record.Shape
 	candidates := []string{shape}
 	if shape == "" {
 		candidates = nil
+		// Where several fit alike, the smallest is the likeliest.
+		shapes := slices.Clone(f.Shapes)
+		slices.SortStableFunc(shapes, func(a, b record.Shape) int {
+			return cmp.Or(cmp.Compare(a.GPUs, b.GPUs), cmp.Compare(a.VCPUs, b.VCPUs), cmp.Compare(a.Memory, b.Memory))
+		})
 		// A machine of which nothing is known would fit any VM.
-		for _, s := range f.Shapes {
+		for _, s := range shapes {
 			if !slices.ContainsFunc(f.Events, func(e record.Event) bool { return e.Shape == s.Name && len(e.Digest) == 0 }) {
 				candidates = append(candidates, s.Name)
 			}
@@ -459,19 +465,22 @@ func (e *explainer) values(shape string) []Compared {
 			list = append(list, Compared{display(register), hex.EncodeToString(want), hex.EncodeToString(got), bytes.Equal(want, got)})
 		}
 	}
+	var machine record.Shape
+	for _, s := range e.file.Shapes {
+		if s.Name == shape {
+			machine = s
+		}
+	}
 	i := e.file.Image
 	if i.Platform == record.TDX {
 		if _, ok := e.o.Values["mrtd"]; ok {
 			add("mrtd", i.MRTD)
 		}
-		for _, s := range e.file.Shapes {
-			if s.Name == shape {
-				add("rtmr0", s.RTMR0)
-			}
-		}
+		add("rtmr0", machine.RTMR0)
 		add("rtmr1", i.RTMR1)
 		add("rtmr2", i.RTMR2)
 	}
+	add("pcr1", machine.PCR1)
 	for _, pcr := range i.PCRs {
 		add(fmt.Sprintf("pcr%d", pcr.Index), pcr.SHA256)
 	}

@@ -40,11 +40,11 @@ func smallFile(t *testing.T, s System) *record.File {
 	t.Helper()
 	base := record.Image{Name: "chrysalis", Commit: strings.Repeat("a", 40), Lock: make([]byte, 32), QEMU: "11.1.3"}
 	shape := record.Shape{Name: "small", VCPUs: 2, Memory: 1 << 30, PhysBits: 40, Disks: 3}
-	// Of the other machine nothing is known: a TPM's record has it all the same.
+	// Of the other machine nothing is known: it is left out.
 	unknown := shape
 	unknown.Name = "another"
-	f, notes, err := File(base, s, []Machine{{Shape: unknown, Why: "not known"}, {Shape: shape, Tables: s.Tables}}, Interleaved)
-	if err != nil || len(f.Shapes) == 0 || len(f.Shapes)+len(notes) != 2 {
+	f, notes, err := File(base, s, []Machine{{Shape: unknown}, {Shape: shape, Tables: s.Tables}}, Interleaved)
+	if err != nil || len(f.Shapes) != 1 || len(notes) == 0 || !strings.Contains(notes[len(notes)-1], "shape another is left out") {
 		t.Fatal(err, notes)
 	}
 	encoded, err := f.Encode()
@@ -168,10 +168,25 @@ func TestExplain(t *testing.T) {
 						t.Errorf("%+v", v)
 					}
 				}
-				if want := map[record.Platform]int{record.TPM: 4, record.TDX: 3}[platform]; len(x.Values) != want {
+				if want := map[record.Platform]int{record.TPM: 5, record.TDX: 3}[platform]; len(x.Values) != want {
 					t.Errorf("%d values, expected %d", len(x.Values), want)
 				}
 			})
+		}
+		// A machine that no shape fits is compared with the smallest.
+		tie := *f
+		large := f.Shapes[0]
+		large.Name, large.VCPUs = "a-large-one", 16
+		tie.Shapes = append([]record.Shape{large}, f.Shapes...)
+		for _, e := range f.Events {
+			if e.Shape == "small" {
+				e.Shape = large.Name
+				tie.Events = append(tie.Events, e)
+			}
+		}
+		log := logOf(t, a, other(func(s *System) { s.Tables.Files["etc/acpi/tables"] = []byte("others") }))
+		if x, err := Explain(&tie, Observed{Log: log}, "", nil); err != nil || x.Shape != "small" {
+			t.Errorf("%v, %+v", err, x)
 		}
 		if _, err := Explain(f, Observed{Log: logOf(t, a, nil)}, "large", nil); err == nil {
 			t.Error("a shape that the record does not have")

@@ -9,9 +9,8 @@ import (
 
 // Machine is a shape to predict.
 type Machine struct {
-	Shape  record.Shape // without Image and RTMR0
-	Tables *Tables      // nil where Why says why they are not known
-	Why    string
+	Shape  record.Shape // without Image, RTMR0 and PCR1
+	Tables *Tables
 }
 
 // File predicts an image on a platform and the shapes that it runs on. base has
@@ -62,29 +61,25 @@ func File(base record.Image, s System, machines []Machine, order PageOrder) (f *
 	}
 	key := base.Key()
 	for _, m := range machines {
-		note := func(why string) {
-			notes = append(notes, fmt.Sprintf("shape %s is left out: %s", m.Shape.Name, why))
-		}
 		one := s
 		one.Tables, one.Memory = m.Tables, uint64(m.Shape.Memory)
-		if m.Tables == nil && s.Platform == record.TDX {
-			note(m.Why)
-			continue
-		}
 		events, err := one.Events()
 		if err != nil {
 			return nil, nil, fmt.Errorf("shape %s: %w", m.Shape.Name, err)
 		}
 		own := m.Shape
 		own.Version, own.Kind, own.Platform, own.Image = record.Version, record.KindShape, s.Platform, key[:]
-		registers := PCRs(SHA256, events)
-		r := registers[1]
+		var r Register
 		if s.Platform == record.TDX {
-			if r = RTMRs(events)[0]; r.Value == nil {
-				note("RTMR0 is not predicted: " + r.Missing)
-				continue
-			}
+			r = RTMRs(events)[0]
 			own.RTMR0 = r.Value
+		} else {
+			r = PCRs(SHA256, events)[1]
+			own.PCR1 = r.Value
+		}
+		if r.Value == nil {
+			notes = append(notes, fmt.Sprintf("shape %s is left out: %s is not predicted: %s", own.Name, r.Name, r.Missing))
+			continue
 		}
 		f.Shapes = append(f.Shapes, own)
 		f.Events = appendEvents(f.Events, r, own.Name)

@@ -41,9 +41,16 @@ type Options struct {
 	Policy     *attest.Policy
 	Records    []*record.File
 	Collateral attest.Source
+	GPU        *attest.GPUCollateral
 	// Token, if there is one, is sent to the workers in place of what the client
 	// sends as its API key.
 	Token string
+	// Timeout bounds connecting to a worker, TLS and its evidence together; 0 is
+	// attest.DefaultTimeout.
+	Timeout time.Duration
+	// Patience bounds each later step of a request: that the worker takes it, begins
+	// to answer, and goes on. 0 is what the worker's own manifest allows.
+	Patience time.Duration
 	// Loopback says that only this machine can connect: then requests that a web
 	// page elsewhere makes a browser send are refused.
 	Loopback bool
@@ -191,7 +198,7 @@ func (p *Proxy) forward(w http.ResponseWriter, r *http.Request) {
 	status := http.StatusServiceUnavailable
 	workers := p.order()
 	for i, worker := range workers {
-		answer, done, err := p.try(worker, r, body)
+		answer, patience, done, err := p.try(worker, r, body)
 		if r.Context().Err() != nil {
 			if err == nil {
 				answer.Body.Close()
@@ -205,7 +212,7 @@ func (p *Proxy) forward(w http.ResponseWriter, r *http.Request) {
 			done(answer.StatusCode)
 		} else if err == nil {
 			answer.Header.Set(WorkerHeader, worker.endpoint)
-			p.answer(w, answer, func() { done(answer.StatusCode) })
+			p.answer(w, answer, patience, func() { done(answer.StatusCode) })
 			return
 		}
 		if _, refused := errors.AsType[*attest.RefusedError](err); !refused {
@@ -229,14 +236,16 @@ func busy(status int) bool {
 
 // try sends a request to a worker. When it returns no error, done must be called
 // at the end of the answer.
-func (p *Proxy) try(worker *worker, r *http.Request, body []byte) (answer *http.Response, done func(status int), err error) {
+func (p *Proxy) try(worker *worker, r *http.Request, body []byte) (answer *http.Response, patience *patience, done func(status int), err error) {
 	target := worker.endpoint + r.URL.EscapedPath()
 	if r.URL.RawQuery != "" {
 		target += "?" + r.URL.RawQuery
 	}
-	request, err := http.NewRequestWithContext(r.Context(), r.Method, target, bytes.NewReader(body))
+	ctx, patience := worker.wait(r.Context(), body)
+	request, err := http.NewRequestWithContext(ctx, r.Method, target, bytes.NewReader(body))
 	if err != nil {
-		return nil, nil, err
+		patience.end()
+		return nil, nil, nil, err
 	}
 	for _, name := range forwarded {
 		if v := r.Header.Values(name); len(v) > 0 {
@@ -251,22 +260,26 @@ func (p *Proxy) try(worker *worker, r *http.Request, body []byte) (answer *http.
 	p.metrics.begin(worker.endpoint)
 	worker.inFlight.Add(1)
 	done = func(status int) {
+		patience.end()
 		worker.inFlight.Add(-1)
 		p.metrics.end(worker.endpoint, status)
 	}
 	if answer, err = worker.transport.RoundTrip(request); err != nil {
+		err = patience.why(err)
 		done(0)
 		if r.Context().Err() == nil {
 			worker.failed(err)
+			worker.silent.Add(1)
 		}
-		return nil, nil, err
+		return nil, nil, nil, err
 	}
+	worker.silent.Store(0)
 	p.metrics.firstByte(worker.endpoint, time.Since(begin))
-	return answer, done, nil
+	return answer, patience, done, nil
 }
 
 // answer passes an answer on as it comes, with its trailer.
-func (p *Proxy) answer(w http.ResponseWriter, answer *http.Response, done func()) {
+func (p *Proxy) answer(w http.ResponseWriter, answer *http.Response, patience *patience, done func()) {
 	defer done()
 	defer answer.Body.Close()
 	header := w.Header()
@@ -284,14 +297,16 @@ func (p *Proxy) answer(w http.ResponseWriter, answer *http.Response, done func()
 	}
 	buffer := make([]byte, 16<<10)
 	for {
+		patience.piece()
 		n, err := answer.Body.Read(buffer)
+		patience.pause()
 		if n > 0 {
 			if _, err := w.Write(buffer[:n]); err != nil {
 				return // the client has left; its request's context ends the worker's
 			}
 			flush()
 		}
-		if err == io.EOF {
+		if err == io.EOF && !patience.over() {
 			break
 		}
 		if err != nil {

@@ -12,8 +12,11 @@ import (
 	"testing"
 	"time"
 
+	"chrysalis/attest"
 	"chrysalis/attest/attesttest"
 	"chrysalis/attest/evidence"
+	"chrysalis/attest/nvidia"
+	"chrysalis/attest/nvidia/nvidiatest"
 	"chrysalis/measure/record"
 	"chrysalis/proxy"
 )
@@ -392,4 +395,35 @@ func TestTrust(t *testing.T) {
 		time.Sleep(100 * time.Millisecond)
 	}
 	t.Error("it stays refused")
+}
+
+// TestGPUs forwards to a worker with GPUs, shows them, and stops when one is not
+// what it was.
+func TestGPUs(t *testing.T) {
+	var vm *attesttest.VM
+	w := start(t, 1, func(w *world, o *proxy.Options) {
+		vm = w.vms[0]
+		vm.AddGPUs(2)
+		o.Policy, o.Records, o.GPU = vm.Policy(), []*record.File{vm.Record()}, &attest.GPUCollateral{}
+	})
+	get := func(path string) (int, string) {
+		answer, err := http.Get(w.url + path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer answer.Body.Close()
+		body, _ := io.ReadAll(answer.Body)
+		return answer.StatusCode, string(body)
+	}
+	if status, body := get("/v1/models"); status != http.StatusOK {
+		t.Fatalf("%d %s", status, body)
+	}
+	if _, page := get("/"); !strings.Contains(page, nvidiatest.Model) || !strings.Contains(page, "gpu-measurements") {
+		t.Errorf("the page does not show the GPUs: %s", page)
+	}
+	vm.Report = func(e *nvidia.Evidence, _ [nvidia.NonceSize]byte) { e.GPUs[0].State.DevTools = true }
+	w.proxy.Trust([]*record.File{vm.Record()})
+	if status, body := get("/v1/models"); status != http.StatusServiceUnavailable || !strings.Contains(body, "gpu-devtools") {
+		t.Errorf("%d %s", status, body)
+	}
 }

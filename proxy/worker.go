@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"chrysalis/attest"
+	"chrysalis/manifest"
 	"chrysalis/terminal"
 )
 
@@ -34,6 +35,7 @@ type worker struct {
 	endpoint  string
 	transport *attest.Transport
 	inFlight  atomic.Int64
+	silent    atomic.Int64  // requests in a row that it did not begin to answer
 	wake      chan struct{} // to verify again now
 
 	mu      sync.Mutex
@@ -41,13 +43,14 @@ type worker struct {
 	session *attest.Session // the last
 	at      time.Time       // when the state was found
 	problem string
+	limits  manifest.Limits // of the manifest verified last
 }
 
 func newWorker(p *Proxy, endpoint string) *worker {
 	w := &worker{proxy: p, endpoint: endpoint, state: unknown, wake: make(chan struct{}, 1)}
 	w.transport = &attest.Transport{
-		Policy: p.options.Policy, Records: p.options.Records, Collateral: p.options.Collateral, IdleConns: 256,
-		Verified: w.judged,
+		Policy: p.options.Policy, Records: p.options.Records, Collateral: p.options.Collateral, GPU: p.options.GPU, IdleConns: 256,
+		Timeout: p.options.Timeout, Verified: w.judged,
 	}
 	return w
 }
@@ -59,7 +62,7 @@ func (w *worker) judged(s *attest.Session) {
 	w.session, w.at, w.problem = s, time.Now(), ""
 	switch {
 	case s.Verdict.OK:
-		w.state = verified
+		w.state, w.limits = verified, limitsOf(s)
 	default:
 		w.state = unreachable
 		if s.Verdict.Refused() {
@@ -143,11 +146,13 @@ func (w *worker) keep(ctx context.Context, tried func()) {
 
 // order lists the workers that may get a request: verified ones first, the least
 // loaded first among them. Refused ones get none until the background finds them
-// good again.
+// good again. One whose evidence is good, but that left the last request without an
+// answer, comes after all that answer.
 func (p *Proxy) order() []*worker {
 	type rank struct {
 		w     *worker
 		state state
+		mute  int64
 		load  int64
 		dice  uint32
 	}
@@ -157,11 +162,11 @@ func (p *Proxy) order() []*worker {
 		s := w.state
 		w.mu.Unlock()
 		if s != refused {
-			ranks = append(ranks, rank{w, s, w.inFlight.Load(), rand.Uint32()})
+			ranks = append(ranks, rank{w, s, min(w.silent.Load(), 1), w.inFlight.Load(), rand.Uint32()})
 		}
 	}
 	slices.SortFunc(ranks, func(a, b rank) int {
-		return cmp.Or(cmp.Compare(a.state, b.state), cmp.Compare(a.load, b.load), cmp.Compare(a.dice, b.dice))
+		return cmp.Or(cmp.Compare(a.state, b.state), cmp.Compare(a.mute, b.mute), cmp.Compare(a.load, b.load), cmp.Compare(a.dice, b.dice))
 	})
 	out := make([]*worker, len(ranks))
 	for i, r := range ranks {

@@ -223,14 +223,14 @@ func (r *Reader) Published(ctx context.Context, view *lite.View, needs []Need, p
 func PutOffer(o OfferDocument, expiry time.Time, publishers []lite.Address, policy Policy, also ...Need) Operation {
 	var encoded []byte
 	return Operation{
-		Name: "put offer", value: offerValue(expiry),
-		to:   func(*Publisher) lite.Address { return Listing() },
-		init: func(*Publisher) *tlb.StateInit { return contract.ListingStateInit() },
-		body: func(_ *Publisher, id uint64) (*cell.Cell, error) {
+		Name: "put offer", Value: offerValue(expiry),
+		To:   func(*Publisher) lite.Address { return Listing() },
+		Init: func(*Publisher) *tlb.StateInit { return contract.ListingStateInit() },
+		Body: func(_ *Publisher, id uint64) (*cell.Cell, error) {
 			return contract.PutOffer(id, uint64(expiry.Unix()), encoded)
 		},
-		explain: contract.ExplainListing,
-		done: func(ctx context.Context, p *Publisher, view *lite.View) (string, error) {
+		Explain: contract.ExplainListing,
+		Done: func(ctx context.Context, p *Publisher, view *lite.View) (string, error) {
 			if err := o.Validate(); err != nil {
 				return "", fmt.Errorf("the offer: %w", err)
 			}
@@ -286,13 +286,13 @@ func (p *Publisher) offer(ctx context.Context, view *lite.View) (contract.Offer,
 // RemoveOffer takes the wallet's offer away.
 func RemoveOffer() Operation {
 	return Operation{
-		Name: "remove offer", value: callValue,
-		to: func(*Publisher) lite.Address { return Listing() },
-		body: func(p *Publisher, id uint64) (*cell.Cell, error) {
+		Name: "remove offer", Value: callValue,
+		To: func(*Publisher) lite.Address { return Listing() },
+		Body: func(p *Publisher, id uint64) (*cell.Cell, error) {
 			return contract.RemoveOffer(id, p.Wallet.Address.ID), nil
 		},
-		explain: contract.ExplainListing,
-		done: func(ctx context.Context, p *Publisher, view *lite.View) (string, error) {
+		Explain: contract.ExplainListing,
+		Done: func(ctx context.Context, p *Publisher, view *lite.View) (string, error) {
 			_, err := p.offer(ctx, view)
 			if errors.Is(err, ErrNoOffer) {
 				return "the wallet has no offer", nil

@@ -53,35 +53,43 @@ type Publisher struct {
 // An Operation is something to be done to a contract, once.
 type Operation struct {
 	Name  string
-	value uint64
-	to    func(p *Publisher) lite.Address
-	init  func(p *Publisher) *tlb.StateInit
-	body  func(p *Publisher, queryID uint64) (*cell.Cell, error)
+	Value uint64                            // attached, nanotons
+	To    func(p *Publisher) lite.Address   // nil is the publisher's registry
+	Init  func(p *Publisher) *tlb.StateInit // nil where the contract is there
+	Body  func(p *Publisher, queryID uint64) (*cell.Cell, error)
 
-	// explain says what an exit code of the contract means; nil is contract.Explain.
-	explain func(exitCode int32) string
+	// Explain says what an exit code of the contract means; nil is contract.Explain.
+	Explain func(exitCode int32) string
 
-	// done reports, with words, whether nothing is left to do. Its error is a reason
+	// Done reports, with words, whether nothing is left to do. Its error is a reason
 	// not to send anything.
-	done func(ctx context.Context, p *Publisher, view *lite.View) (why string, err error)
+	Done func(ctx context.Context, p *Publisher, view *lite.View) (why string, err error)
+}
+
+func (op *Operation) to(p *Publisher) lite.Address {
+	if op.To != nil {
+		return op.To(p)
+	}
+	return p.Registry
 }
 
 // A Plan is a message that is ready to be sent.
 type Plan struct {
 	Operation string       `json:"operation"`
 	From      lite.Address `json:"from"`
-	To        lite.Address `json:"to"`
+	To        lite.Address `json:"to"`                      // of a batch, the first one's
 	Nothing   string       `json:"nothing_to_do,omitempty"` // why nothing is to be sent
+	Batch     int          `json:"batch,omitempty"`         // how many operations one message of the wallet does
 
 	Value   uint64 `json:"value"`   // attached, nanotons
 	Cost    uint64 `json:"cost"`    // what the wallet is poorer by at the end, as run on this machine
 	Balance uint64 `json:"balance"` // of the wallet
-	Body    []byte `json:"body"`    // bag of cells
+	Body    []byte `json:"body"`    // bag of cells; of a batch, the first one's
 
-	operation Operation
-	message   *cell.Cell
-	seqno     uint32
-	until     time.Time
+	operations []Operation // that are to be done
+	message    *cell.Cell
+	seqno      uint32
+	until      time.Time
 }
 
 func (p *Publisher) progress(format string, args ...any) {
@@ -93,22 +101,47 @@ func (p *Publisher) progress(format string, args ...any) {
 // Plan reads what there is, and makes the message and runs it on this machine. It
 // sends nothing.
 func (p *Publisher) Plan(ctx context.Context, op Operation) (*Plan, error) {
-	p.progress("reading the registry")
+	return p.plan(ctx, &Plan{Operation: op.Name}, []Operation{op})
+}
+
+// PlanBatch is Plan for as many operations as the wallet's MaxBatch. Those that have
+// been done already are left out.
+func (p *Publisher) PlanBatch(ctx context.Context, name string, ops []Operation) (*Plan, error) {
+	if len(ops) == 0 || len(ops) > p.Wallet.MaxBatch() {
+		return nil, fmt.Errorf("a wallet %s sends from 1 to %d messages at once, not %d", p.Wallet.version, p.Wallet.MaxBatch(), len(ops))
+	}
+	return p.plan(ctx, &Plan{Operation: name, Batch: len(ops)}, ops)
+}
+
+func (p *Publisher) plan(ctx context.Context, plan *Plan, ops []Operation) (*Plan, error) {
+	p.progress("reading the contract")
 	view, err := p.Reader.Client.Sync(ctx)
 	if err != nil {
 		return nil, err
 	}
-	to := p.Registry
-	if op.to != nil {
-		to = op.to(p)
+	plan.From, plan.To = p.Wallet.Address, ops[0].to(p)
+	for _, op := range ops {
+		nothing, err := op.Done(ctx, p, view)
+		if err != nil {
+			return plan, err
+		}
+		if nothing != "" {
+			plan.Nothing = nothing
+			continue
+		}
+		plan.operations = append(plan.operations, op)
+		plan.Value += op.Value
 	}
-	plan := &Plan{Operation: op.Name, From: p.Wallet.Address, To: to, Value: op.value, operation: op}
-	if plan.Nothing, err = op.done(ctx, p, view); err != nil || plan.Nothing != "" {
-		return plan, err
+	if len(plan.operations) == 0 {
+		if len(ops) == 1 {
+			plan.Value = ops[0].Value
+		}
+		return plan, nil
 	}
+	plan.Nothing = ""
 	wallet, err := view.Account(ctx, p.Wallet.Address)
 	if errors.Is(err, lite.ErrNoAccount) {
-		return nil, fmt.Errorf("%w: %s has nothing; send at least %s to it", ErrNoFunds, p.walletAddress(), TON(op.value+callValue))
+		return nil, fmt.Errorf("%w: %s has nothing; send at least %s to it", ErrNoFunds, p.walletAddress(), TON(plan.Value+callValue))
 	}
 	if err != nil {
 		return nil, err
@@ -119,23 +152,29 @@ func (p *Publisher) Plan(ctx context.Context, op Operation) (*Plan, error) {
 	}
 	var id [8]byte
 	rand.Read(id[:])
-	body, err := op.body(p, binary.BigEndian.Uint64(id[:]))
-	if err != nil {
-		return nil, err
-	}
-	plan.Body = body.ToBOC()
-	out := &tlb.InternalMessage{
-		IHRDisabled: true, Bounce: op.init == nil, DstAddr: to.Std().Bounce(op.init == nil),
-		Amount: tlb.FromNanoTONU(op.value), Body: body,
-	}
-	if op.init != nil {
-		out.StateInit = op.init(p)
+	var outs []*tlb.InternalMessage
+	for i, op := range plan.operations {
+		body, err := op.Body(p, binary.BigEndian.Uint64(id[:])+uint64(i))
+		if err != nil {
+			return nil, err
+		}
+		if i == 0 {
+			plan.To, plan.Body = op.to(p), body.ToBOC()
+		}
+		out := &tlb.InternalMessage{
+			IHRDisabled: true, Bounce: op.Init == nil, DstAddr: op.to(p).Std().Bounce(op.Init == nil),
+			Amount: tlb.FromNanoTONU(op.Value), Body: body,
+		}
+		if op.Init != nil {
+			out.StateInit = op.Init(p)
+		}
+		outs = append(outs, out)
 	}
 	plan.until = time.Now().Add(messageLife)
-	if plan.message, err = p.Wallet.message(ctx, plan.seqno, !wallet.Active, out); err != nil {
+	if plan.message, err = p.Wallet.message(ctx, plan.seqno, !wallet.Active, outs); err != nil {
 		return nil, err
 	}
-	if need := op.value + callValue/10; wallet.Balance < need {
+	if need := plan.Value + callValue/10*uint64(len(outs)); wallet.Balance < need {
 		return nil, fmt.Errorf("%w: %s has %s, %s more is needed (most of it comes back); send it there",
 			ErrNoFunds, p.walletAddress(), TON(wallet.Balance), TON(need-wallet.Balance))
 	}
@@ -150,14 +189,52 @@ func (p *Publisher) walletAddress() string { return p.Wallet.Address.Std().Bounc
 // message depends on.
 var feeParams = []int32{0, 5, 8, 12, 18, 19, 20, 21, 24, 25, 31, 43, 44, 45}
 
-// rehearse runs the message on the proved state at the network's prices.
-func (p *Publisher) rehearse(ctx context.Context, view *lite.View, plan *Plan, wallet *lite.Account) (err error) {
+// Ledger has accounts as they were proved, and the network's prices at the view, to
+// run messages on.
+func Ledger(ctx context.Context, view *lite.View, accounts ...*lite.Account) (l *ledger.Ledger, err error) {
 	config, err := view.Config(ctx, feeParams...)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	contractAccount, err := view.Account(ctx, plan.To)
-	if err != nil && !errors.Is(err, lite.ErrNoAccount) {
+	defer func() {
+		if r := recover(); r != nil {
+			l, err = nil, fmt.Errorf("the network's prices or the accounts are malformed: %v", r)
+		}
+	}()
+	params := cell.NewDict(32)
+	for id, value := range config {
+		if err := params.SetIntKey(big.NewInt(int64(id)), cell.BeginCell().MustStoreRef(value).EndCell()); err != nil {
+			return nil, err
+		}
+	}
+	if l, err = ledger.New(params.AsCell()); err != nil {
+		return nil, err
+	}
+	for _, a := range accounts {
+		if err := l.Add(a.Address.ID, a.Shard); err != nil {
+			return nil, err
+		}
+	}
+	return l, nil
+}
+
+// rehearse runs the message on the proved state at the network's prices.
+func (p *Publisher) rehearse(ctx context.Context, view *lite.View, plan *Plan, wallet *lite.Account) (err error) {
+	accounts := []*lite.Account{wallet}
+	missing := map[[32]byte]*Operation{} // that no transaction has reached yet
+	for i := range plan.operations {
+		to := plan.operations[i].to(p)
+		missing[to.ID] = &plan.operations[i]
+		account, err := view.Account(ctx, to)
+		if err != nil && !errors.Is(err, lite.ErrNoAccount) {
+			return err
+		}
+		if account != nil {
+			accounts = append(accounts, account)
+		}
+	}
+	l, err := Ledger(ctx, view, accounts...)
+	if err != nil {
 		return err
 	}
 	defer func() {
@@ -165,24 +242,6 @@ func (p *Publisher) rehearse(ctx context.Context, view *lite.View, plan *Plan, w
 			err = fmt.Errorf("the message cannot be run on this machine: %v", r)
 		}
 	}()
-	params := cell.NewDict(32)
-	for id, value := range config {
-		if err := params.SetIntKey(big.NewInt(int64(id)), cell.BeginCell().MustStoreRef(value).EndCell()); err != nil {
-			return err
-		}
-	}
-	l, err := ledger.New(params.AsCell())
-	if err != nil {
-		return err
-	}
-	for _, a := range []*lite.Account{wallet, contractAccount} {
-		if a == nil {
-			continue
-		}
-		if err := l.Add(a.Address.ID, a.Shard); err != nil {
-			return err
-		}
-	}
 	txs, changed, err := l.Run(plan.message, max(view.Head.Time, wallet.LastPaid), wallet.Shard.LastTransLT+1_000_000)
 	if errors.Is(err, ledger.ErrNotAccepted) {
 		return fmt.Errorf("%w: the wallet %s does not accept it; is the key the right one?", ErrRefused, p.walletAddress())
@@ -190,20 +249,24 @@ func (p *Publisher) rehearse(ctx context.Context, view *lite.View, plan *Plan, w
 	if err != nil {
 		return err
 	}
-	reached := false
 	for _, tx := range txs {
-		if tx.Account == plan.To.ID {
-			reached = true
-			if tx.Exit != 0 {
-				explain := plan.operation.explain
-				if explain == nil {
-					explain = contract.Explain
-				}
-				return fmt.Errorf("%w: %s", ErrRefused, explain(tx.Exit))
+		op := missing[tx.Account]
+		if op == nil {
+			continue
+		}
+		delete(missing, tx.Account)
+		if tx.Exit != 0 {
+			explain := op.Explain
+			if explain == nil {
+				explain = contract.Explain
 			}
+			if plan.Batch > 0 {
+				return fmt.Errorf("%w: %s: %s", ErrRefused, op.Name, explain(tx.Exit))
+			}
+			return fmt.Errorf("%w: %s", ErrRefused, explain(tx.Exit))
 		}
 	}
-	if !reached {
+	if len(missing) > 0 {
 		return fmt.Errorf("%w: the wallet %s has %s, which does not cover %s and the fees", ErrNoFunds, p.walletAddress(), TON(wallet.Balance), TON(plan.Value))
 	}
 	if after := balance(changed, p.Wallet.Address); after < wallet.Balance {
@@ -257,14 +320,18 @@ func (p *Publisher) Send(ctx context.Context, plan *Plan) error {
 	p.progress("waiting for the confirmation")
 	pause := 50 * time.Millisecond
 	var last error
+	left := plan.operations
 	for executed := 0; ; {
 		view, err := p.Reader.Client.Sync(ctx)
-		if err == nil {
+		for err == nil && len(left) > 0 {
 			var why string
-			why, err = plan.operation.done(ctx, p, view)
-			if err == nil && why != "" {
-				return nil
+			if why, err = left[0].Done(ctx, p, view); why == "" {
+				break
 			}
+			left = left[1:]
+		}
+		if err == nil && len(left) == 0 {
+			return nil
 		}
 		if err == nil {
 			var wallet *lite.Account
@@ -366,11 +433,11 @@ func AddressOfWallet(w *Wallet) lite.Address {
 // Init makes the wallet's registry.
 func Init() Operation {
 	return Operation{
-		Name: "init", value: initValue,
-		to:   func(p *Publisher) lite.Address { return AddressOfWallet(p.Wallet) },
-		init: func(p *Publisher) *tlb.StateInit { return contract.StateInit(p.Wallet.Address.Std()) },
-		body: func(*Publisher, uint64) (*cell.Cell, error) { return cell.BeginCell().EndCell(), nil },
-		done: func(ctx context.Context, p *Publisher, view *lite.View) (string, error) {
+		Name: "init", Value: initValue,
+		To:   func(p *Publisher) lite.Address { return AddressOfWallet(p.Wallet) },
+		Init: func(p *Publisher) *tlb.StateInit { return contract.StateInit(p.Wallet.Address.Std()) },
+		Body: func(*Publisher, uint64) (*cell.Cell, error) { return cell.BeginCell().EndCell(), nil },
+		Done: func(ctx context.Context, p *Publisher, view *lite.View) (string, error) {
 			account, err := view.Account(ctx, AddressOfWallet(p.Wallet))
 			if errors.Is(err, lite.ErrNoAccount) || err == nil && !account.Active {
 				return "", nil
@@ -390,9 +457,9 @@ func Init() Operation {
 func TopUp(nano uint64) Operation {
 	var before uint64
 	return Operation{
-		Name: "top-up", value: nano,
-		body: func(*Publisher, uint64) (*cell.Cell, error) { return cell.BeginCell().EndCell(), nil },
-		done: func(ctx context.Context, p *Publisher, view *lite.View) (string, error) {
+		Name: "top-up", Value: nano,
+		Body: func(*Publisher, uint64) (*cell.Cell, error) { return cell.BeginCell().EndCell(), nil },
+		Done: func(ctx context.Context, p *Publisher, view *lite.View) (string, error) {
 			if _, _, err := p.owner(ctx, view); err != nil {
 				return "", err
 			}
@@ -432,9 +499,9 @@ func Publish(r Publication) Operation {
 		NotBefore: uint64(max(r.NotBefore.Unix(), 0)), NotAfter: uint64(max(r.NotAfter.Unix(), 0)),
 	}
 	return Operation{
-		Name: fmt.Sprintf("publish %v %v", r.Kind, r.Key), value: putValue,
-		body: func(_ *Publisher, id uint64) (*cell.Cell, error) { return put.Body(id) },
-		done: func(ctx context.Context, p *Publisher, view *lite.View) (string, error) {
+		Name: fmt.Sprintf("publish %v %v", r.Kind, r.Key), Value: putValue,
+		Body: func(_ *Publisher, id uint64) (*cell.Cell, error) { return put.Body(id) },
+		Done: func(ctx context.Context, p *Publisher, view *lite.View) (string, error) {
 			if _, err := put.Body(0); err != nil {
 				return "", err
 			}
@@ -482,9 +549,9 @@ func Mark(key Key, status contract.Status) Operation {
 		name = "revoke"
 	}
 	return Operation{
-		Name: fmt.Sprintf("%s %v", name, key), value: callValue,
-		body: func(_ *Publisher, id uint64) (*cell.Cell, error) { return contract.SetStatus(id, key, status), nil },
-		done: func(ctx context.Context, p *Publisher, view *lite.View) (string, error) {
+		Name: fmt.Sprintf("%s %v", name, key), Value: callValue,
+		Body: func(_ *Publisher, id uint64) (*cell.Cell, error) { return contract.SetStatus(id, key, status), nil },
+		Done: func(ctx context.Context, p *Publisher, view *lite.View) (string, error) {
 			if err := p.mine(ctx, view); err != nil {
 				return "", err
 			}
@@ -508,12 +575,12 @@ func Mark(key Key, status contract.Status) Operation {
 func Cosign(key Key, record [32]byte, auditor ed25519.PrivateKey) Operation {
 	public := [32]byte(auditor.Public().(ed25519.PublicKey))
 	return Operation{
-		Name: fmt.Sprintf("cosign %v", key), value: callValue,
-		body: func(p *Publisher, id uint64) (*cell.Cell, error) {
+		Name: fmt.Sprintf("cosign %v", key), Value: callValue,
+		Body: func(p *Publisher, id uint64) (*cell.Cell, error) {
 			hash := contract.SignedHash(p.Reader.Client.Network().GlobalID, p.Registry.Std(), key, record)
 			return contract.Cosign(id, key, record, public, [64]byte(ed25519.Sign(auditor, hash[:]))), nil
 		},
-		done: func(ctx context.Context, p *Publisher, view *lite.View) (string, error) {
+		Done: func(ctx context.Context, p *Publisher, view *lite.View) (string, error) {
 			if _, _, err := p.owner(ctx, view); err != nil {
 				return "", err
 			}
@@ -540,11 +607,11 @@ func Cosign(key Key, record [32]byte, auditor ed25519.PrivateKey) Operation {
 // DropSignature takes an auditor's signature off a record.
 func DropSignature(key, auditor Key) Operation {
 	return Operation{
-		Name: "drop-signature", value: callValue,
-		body: func(_ *Publisher, id uint64) (*cell.Cell, error) {
+		Name: "drop-signature", Value: callValue,
+		Body: func(_ *Publisher, id uint64) (*cell.Cell, error) {
 			return contract.DropSignature(id, key, auditor), nil
 		},
-		done: func(ctx context.Context, p *Publisher, view *lite.View) (string, error) {
+		Done: func(ctx context.Context, p *Publisher, view *lite.View) (string, error) {
 			if err := p.mine(ctx, view); err != nil {
 				return "", err
 			}
@@ -565,14 +632,14 @@ func DropSignature(key, auditor Key) Operation {
 // Transfer names who may become the registry's owner; nil names nobody.
 func Transfer(to *lite.Address) Operation {
 	return Operation{
-		Name: "transfer", value: callValue,
-		body: func(_ *Publisher, id uint64) (*cell.Cell, error) {
+		Name: "transfer", Value: callValue,
+		Body: func(_ *Publisher, id uint64) (*cell.Cell, error) {
 			if to == nil {
 				return contract.Transfer(id, nil), nil
 			}
 			return contract.Transfer(id, to.Std()), nil
 		},
-		done: func(ctx context.Context, p *Publisher, view *lite.View) (string, error) {
+		Done: func(ctx context.Context, p *Publisher, view *lite.View) (string, error) {
 			owner, pending, err := p.owner(ctx, view)
 			if err != nil {
 				return "", err
@@ -597,9 +664,9 @@ func Transfer(to *lite.Address) Operation {
 // Accept makes the wallet the owner, if it was named.
 func Accept() Operation {
 	return Operation{
-		Name: "accept", value: callValue,
-		body: func(_ *Publisher, id uint64) (*cell.Cell, error) { return contract.Accept(id), nil },
-		done: func(ctx context.Context, p *Publisher, view *lite.View) (string, error) {
+		Name: "accept", Value: callValue,
+		Body: func(_ *Publisher, id uint64) (*cell.Cell, error) { return contract.Accept(id), nil },
+		Done: func(ctx context.Context, p *Publisher, view *lite.View) (string, error) {
 			owner, pending, err := p.owner(ctx, view)
 			if err != nil {
 				return "", err

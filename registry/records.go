@@ -59,8 +59,7 @@ func Publications(data []byte, notBefore, notAfter time.Time) ([]Publication, er
 	}
 	var list []Publication
 	for _, r := range records {
-		// On a TPM all shapes of an image have one key, since it measures nothing of
-		// the machine; one of them stands for all.
+		// Shapes that measure the same have one key; one of them stands for all.
 		if slices.ContainsFunc(list, func(p Publication) bool { return p.Key == Key(r.Key()) }) {
 			continue
 		}

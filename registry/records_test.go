@@ -104,7 +104,7 @@ func TestApproved(t *testing.T) {
 	if err != nil || len(one) != 1 || one[0].Key != list[4].Key || one[0].Kind != contract.Model {
 		t.Errorf("%+v, %v", one, err)
 	}
-	// All shapes of a TPM's image are one.
+	// Shapes are told apart on a TPM as well, but for those that measure the same.
 	tpm := recordFile(2)
 	tpm.Image.Platform, tpm.Image.MRTD, tpm.Image.RTMR1, tpm.Image.RTMR2 = record.TPM, nil, nil, nil
 	for _, index := range record.ImagePCRs {
@@ -113,11 +113,15 @@ func TestApproved(t *testing.T) {
 	id := tpm.Image.Key()
 	for i := range tpm.Shapes {
 		tpm.Shapes[i].Platform, tpm.Shapes[i].Image, tpm.Shapes[i].RTMR0 = record.TPM, id[:], nil
+		tpm.Shapes[i].PCR1 = hexOf(byte(i), 32)
 	}
+	same := tpm.Shapes[0]
+	same.Name = "same"
+	tpm.Shapes = append(tpm.Shapes, same)
 	if data, err = tpm.Encode(); err != nil {
 		t.Fatal(err)
 	}
-	if list, err := Publications(data, time.Time{}, time.Time{}); err != nil || len(list) != 4 {
+	if list, err := Publications(data, time.Time{}, time.Time{}); err != nil || len(list) != 5 {
 		t.Errorf("%d publications of a TPM's image, %v", len(list), err)
 	}
 	for _, text := range []string{"", "{}", `{"kind":"model"}`, string(list[0].Record) + " "} {

@@ -396,7 +396,7 @@ func TestRefusedMessage(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	forged, err := p.Wallet.message(t.Context(), plan.seqno+7, false, &tlb.InternalMessage{IHRDisabled: true, DstAddr: p.Registry.Std(), Body: cell.BeginCell().EndCell()})
+	forged, err := p.Wallet.message(t.Context(), plan.seqno+7, false, []*tlb.InternalMessage{{IHRDisabled: true, DstAddr: p.Registry.Std(), Body: cell.BeginCell().EndCell()}})
 	if err != nil {
 		t.Fatal(err)
 	}

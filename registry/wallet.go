@@ -150,12 +150,22 @@ func (w *Wallet) readSeqno(a *lite.Account) (seqno uint32, err error) {
 	return uint32(v), err
 }
 
-// message signs an external message that has the wallet send another.
-func (w *Wallet) message(ctx context.Context, seqno uint32, deploy bool, out *tlb.InternalMessage) (*cell.Cell, error) {
+// MaxBatch is how many messages the wallet can send at once.
+func (w *Wallet) MaxBatch() int {
+	if w.version == "v4r2" {
+		return 4
+	}
+	return 255
+}
+
+// message signs an external message that has the wallet send others.
+func (w *Wallet) message(ctx context.Context, seqno uint32, deploy bool, outs []*tlb.InternalMessage) (*cell.Cell, error) {
 	w.seqno = seqno
-	external, err := w.wallet.PrepareExternalMessageForMany(ctx, deploy, []*wallet.Message{{
-		Mode: wallet.PayGasSeparately + wallet.IgnoreErrors, InternalMessage: out,
-	}})
+	var list []*wallet.Message
+	for _, out := range outs {
+		list = append(list, &wallet.Message{Mode: wallet.PayGasSeparately + wallet.IgnoreErrors, InternalMessage: out})
+	}
+	external, err := w.wallet.PrepareExternalMessageForMany(ctx, deploy, list)
 	if err != nil {
 		return nil, err
 	}

@@ -48,7 +48,7 @@ const (
 	keepAliveLimit   = 60 * time.Second // between requests, where nobody needs the connection: see waiting
 	bodyIdle         = 15 * time.Second // for a body without a byte of it, unless the manifest allows less
 	bodyTotal        = 2 * time.Minute  // for a whole body, unless the manifest allows less
-	spareConnections = 128              // past those that can be in the engine: idle ones and ones to refuse
+	spareConnections = 1024             // past those that can be in the engine or wait for it: idle ones and ones to refuse
 	lingerLimit      = 2 * time.Second  // for reading on after a refusal, so that it is not lost in a reset
 	defaultMemory    = 64 << 20         // bytes
 )
@@ -100,7 +100,7 @@ type Server struct {
 	total     time.Duration
 	bodyIdle  time.Duration
 	bodyTotal time.Duration
-	places    chan struct{}             // one for each request in the engine
+	places    *places                   // in the engine
 	names     map[string]string         // what a client may call a model, and what the engine is told
 	engines   map[string]int            // a model's index, by what its engine is told
 	models    []byte                    // the answer to /v1/models
@@ -111,6 +111,7 @@ type Server struct {
 	manifest   string       // SHA-384, hexadecimal
 	sequence   atomic.Int64 // of the last receipt
 	tick       time.Duration
+	queueLimit time.Duration
 	memory     atomic.Int64 // bytes left for bodies and held answers
 	waiting    waiting
 	draining   atomic.Bool
@@ -131,7 +132,7 @@ func New(c Config) *Server {
 		idle:     time.Duration(c.Limits.IdleSeconds) * time.Second,
 		total:    time.Duration(c.Limits.TotalSeconds) * time.Second,
 		waiting:  waiting{since: map[net.Conn]wait{}},
-		places:   make(chan struct{}, c.Limits.Concurrency),
+		places:   newPlaces(c.Limits.Concurrency),
 		names:    map[string]string{},
 		engines:  map[string]int{},
 		served:   map[string]manifest.Model{},
@@ -141,6 +142,7 @@ func New(c Config) *Server {
 		receiptKey: c.ReceiptKey,
 		manifest:   hex.EncodeToString(c.Manifest[:]),
 		tick:       tick,
+		queueLimit: queueLimit,
 
 		tls: &tls.Config{
 			Certificates: []tls.Certificate{c.Certificate},
@@ -153,6 +155,9 @@ func New(c Config) *Server {
 	}
 	if s.counters == nil {
 		s.counters = new(Counters)
+	}
+	if len(c.Tokens) > 1 {
+		s.places.reserve()
 	}
 	for i, m := range c.Models {
 		// A client that wants one model and no other says its root hash, too.
@@ -189,7 +194,7 @@ func New(c Config) *Server {
 // returns an error; after Shutdown it is http.ErrServerClosed.
 func (s *Server) Serve(ln net.Listener) error {
 	var once sync.Once
-	bound := port.Bound(ln, cap(s.places)+spareConnections, func() {
+	bound := port.Bound(ln, s.connections(), func() {
 		s.counters.Connections.Add(1)
 		if s.first != nil {
 			once.Do(s.first)
@@ -198,15 +203,33 @@ func (s *Server) Serve(ln net.Listener) error {
 	return s.http.Serve(tls.NewListener(bound, s.tls))
 }
 
+// baseHeap is what the rest of the agent needs, and connectionHeap what a connection
+// does, in bytes.
+const (
+	baseHeap       = 16 << 20
+	connectionHeap = 24 << 10
+)
+
+// HeapLimit is the soft limit on the Go heap that a process with this server needs.
+// Past it the collector works harder rather than taking memory from the engine.
+// Bodies that are in flight may exceed it for a time.
+func (s *Server) HeapLimit() int64 {
+	return baseHeap + int64(s.connections())*connectionHeap
+}
+
+// connections is how many there may be.
+func (s *Server) connections() int { return s.places.size + s.places.queue + spareConnections }
+
 // Drain admits no new requests from now on. Those that are in the engine go on;
 // Active says how many there are.
 func (s *Server) Drain() {
 	s.draining.Store(true)
+	s.places.close()
 	s.http.SetKeepAlivesEnabled(false)
 }
 
 // Active is the number of requests that hold a place in the engine.
-func (s *Server) Active() int64 { return int64(len(s.places)) }
+func (s *Server) Active() int64 { return int64(s.places.active()) }
 
 // Shutdown drains, and waits until the last answer has been written or ctx is
 // done. Active falls to 0 a moment before the last bytes are out.
@@ -282,7 +305,8 @@ func (s *Server) handle(x *exchange) error {
 	if rt.gpus && s.gpus == nil {
 		return errPath
 	}
-	if !rt.open && !s.admits(x.r) {
+	client, admitted := s.admits(x.r)
+	if !rt.open && !admitted {
 		x.w.Header().Set("WWW-Authenticate", "Bearer")
 		return errToken
 	}
@@ -312,9 +336,12 @@ func (s *Server) handle(x *exchange) error {
 	if err := s.available(); err != nil {
 		return err
 	}
-	// There is no queue: who waits in one cannot tell this VM from a dead one, and
-	// would do better to ask another. It is told before it has sent its body.
-	if len(s.places) == cap(s.places) {
+	conn, _ := x.r.Context().Value(connKey{}).(net.Conn)
+	if client == nil {
+		client = conn
+	}
+	// Who would be refused is told before it has sent its body.
+	if s.places.full(client) {
 		return errBusy
 	}
 	// Nobody holds a place while its body is on the way: a few clients that send a
@@ -329,18 +356,15 @@ func (s *Server) handle(x *exchange) error {
 		return err
 	}
 	x.receipt.about(body, req, s.served[req.model])
-	select {
-	case s.places <- struct{}{}:
-	default:
-		return errBusy
+	settled := func() { s.waiting.done(conn) }
+	if err := s.places.take(x.r.Context(), client, min(s.queueLimit, time.Until(x.end)), settled); err != nil {
+		return err
 	}
-	if conn, ok := x.r.Context().Value(connKey{}).(net.Conn); ok {
-		s.waiting.done(conn)
-	}
+	settled()
 	s.counters.Active.Add(1)
 	defer func() {
 		s.counters.Active.Add(-1)
-		<-s.places
+		s.places.give(client)
 	}()
 	// Again, now that the place shows in Active: once Active is 0 after Drain,
 	// nobody comes in any more.

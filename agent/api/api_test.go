@@ -672,19 +672,19 @@ func TestPlaceAfterBody(t *testing.T) {
 		code   string
 	}{
 		{"nothing changed", func(*bench) {}, 200, ""},
-		{"all places taken", func(b *bench) { b.places <- struct{}{} }, 429, "busy"},
+		{"all places taken", func(b *bench) { b.places.take(context.Background(), "other", 0, nil) }, 429, "busy"},
 		{"draining", func(b *bench) { b.Drain() }, 503, "draining"},
 		{"engine down", func(b *bench) { b.ready.Store(false) }, 503, "engine_not_ready"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			b := start(t, answer,
-				func(c *Config) { c.Limits.Concurrency = 1 }, nil)
+				func(c *Config) { c.Limits.Concurrency = 1 }, func(s *Server) { s.queueLimit = 50 * time.Millisecond })
 			conn := b.dial(t, postHead+fmt.Sprintf("Content-Length: %d\r\n\r\n", len(hello)))
 			eventually(t, "the body is on the way", func() bool { return b.bodies() == 1 })
 			test.change(b)
 			defer func() {
 				if test.status == 429 {
-					<-b.places
+					b.places.give("other")
 				}
 			}()
 			io.WriteString(conn, hello)
@@ -904,7 +904,12 @@ func TestStreamFailures(t *testing.T) {
 				io.Copy(io.Discard, r.Body)
 				sayEvents(w, "data: {\"n\":1}\n\n")
 				test.engine(w, r)
-			}, nil, func(s *Server) { s.idle, s.total = 300*time.Millisecond, time.Second })
+			}, nil, func(s *Server) {
+				s.idle, s.total = 300*time.Millisecond, time.Second
+				if test.code == "time_limit" {
+					s.idle = time.Minute // a busy machine may pause for longer than the other limit
+				}
+			})
 			resp, err := b.client.Do(b.request(t, "POST", "/v1/chat/completions", helloStream))
 			if err != nil {
 				t.Fatal(err)
@@ -1019,12 +1024,14 @@ func TestBusy(t *testing.T) {
 		io.Copy(io.Discard, r.Body)
 		<-release
 		sayJSON(w, 200, `{}`)
-	}, func(c *Config) { c.Limits.Concurrency = 2 }, nil)
+	}, func(c *Config) { c.Limits.Concurrency = 2 }, func(s *Server) { s.queueLimit = time.Minute })
 	var wait sync.WaitGroup
-	for range 2 {
+	for range 4 {
 		wait.Go(func() { b.post(t, "/v1/chat/completions", hello) })
 	}
-	eventually(t, "all places are taken", func() bool { return b.Active() == 2 && b.counters.Active.Load() == 2 })
+	eventually(t, "all places and all turns are taken", func() bool {
+		return b.Active() == 2 && b.counters.Active.Load() == 2 && b.queued() == 2
+	})
 	// Its body never comes, and it is refused all the same.
 	conn := b.dial(t, postHead+"Content-Length: 100\r\n\r\n")
 	resp, body := readResponse(t, conn)
@@ -1188,7 +1195,7 @@ func TestConnectionLimit(t *testing.T) {
 	idle := b.dial(t, "GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n")
 	readResponse(t, idle)
 	eventually(t, "it idles", func() bool { return b.bodies() == 0 })
-	const spare = spareConnections - 1
+	const spare = spareConnections // one has a place, one may queue, one idles
 	fill := func() (conns []net.Conn) {
 		for range spare {
 			conn, err := net.Dial("tcp", b.address)
@@ -1201,7 +1208,7 @@ func TestConnectionLimit(t *testing.T) {
 		return conns
 	}
 	silent := fill()
-	eventually(t, "all are in", func() bool { return b.counters.Connections.Load() == 1+spareConnections })
+	eventually(t, "all are in", func() bool { return b.counters.Connections.Load() == 2+spareConnections })
 	another := b.dial(t, "GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n")
 	if resp, _ := readResponse(t, another); resp.StatusCode != 200 {
 		t.Errorf("one that has something to ask got %d", resp.StatusCode)

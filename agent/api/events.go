@@ -12,6 +12,10 @@ import (
 // maxEvent bounds one event of a stream, in bytes.
 const maxEvent = 256 << 10
 
+// lineBuffer is what a stream's reader takes from the start, in bytes; a longer line
+// gets more.
+const lineBuffer = 2 << 10
+
 var (
 	doneEvent = []byte("[DONE]")
 	errEvent  = errors.New("the engine's stream has an event that is not a JSON object, or a line that is too long")
@@ -27,7 +31,7 @@ type events struct {
 	out   bytes.Buffer
 }
 
-func newEvents(r io.Reader) *events { return &events{lines: bufio.NewReaderSize(r, 16<<10)} }
+func newEvents(r io.Reader) *events { return &events{lines: bufio.NewReaderSize(r, lineBuffer)} }
 
 // next returns the next event's data: a JSON object on one line, or doneEvent. The
 // bytes are good until the next call. It returns io.EOF where the stream ends, and

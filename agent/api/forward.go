@@ -54,6 +54,8 @@ func engineTransport(dial func(context.Context, int) (net.Conn, error)) *http.Tr
 		DisableKeepAlives:      true,
 		DisableCompression:     true,
 		MaxResponseHeaderBytes: maxHeader,
+		WriteBufferSize:        1 << 10, // a large body passes it by
+		ReadBufferSize:         2 << 10,
 		Protocols:              port.HTTP1(),
 	}
 }

@@ -252,5 +252,7 @@ func appendMetrics(b []byte, s guest.Status) []byte {
 	const kib = 1024
 	single("agent_resident_bytes", "gauge", "Resident memory of the agent.", float64(c.AgentRSSKiB)*kib)
 	single("agent_resident_peak_bytes", "gauge", "Peak resident memory of the agent.", float64(c.AgentPeakKiB)*kib)
+	single("agent_goroutines", "gauge", "Goroutines of the agent.", float64(c.Goroutines))
+	single("agent_descriptors", "gauge", "Open files and sockets of the agent.", float64(c.Descriptors))
 	return b
 }

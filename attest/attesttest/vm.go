@@ -25,6 +25,8 @@ import (
 
 	"chrysalis/attest"
 	"chrysalis/attest/evidence"
+	"chrysalis/attest/nvidia"
+	"chrysalis/attest/nvidia/nvidiatest"
 	"chrysalis/manifest"
 	"chrysalis/measure/cel"
 	"chrysalis/measure/record"
@@ -47,6 +49,15 @@ type VM struct {
 	Firmware []Measured
 	Manifest *manifest.Manifest
 	Events   []cel.Event
+
+	// The GPUs, by PCI address; see AddGPUs.
+	Vendor     *nvidiatest.Vendor
+	GPUs       []*nvidiatest.GPU
+	Identities [][]byte           // what the VM recorded of them when it booted
+	Carried    *nvidia.Collateral // what it serves for them; nil serves none
+	// Report changes the GPUs' evidence, to which nonce it answers, before it is
+	// quoted.
+	Report func(e *nvidia.Evidence, nonce [nvidia.NonceSize]byte)
 
 	TLS        tls.Certificate
 	SPKI       []byte
@@ -115,8 +126,46 @@ func (v *VM) Measure() {
 func (v *VM) Boot() {
 	encoded, err := v.Manifest.Encode()
 	must(err)
-	v.Events, err = cel.Boot(encoded, v.Manifest, nil)
+	v.Events, err = cel.Boot(encoded, v.Manifest, v.Identities)
 	must(err)
+}
+
+// AddGPUs gives the VM n GPUs of a vendor of its own, which it boots with, and
+// which the record and the policy that are made from then on accept.
+func (v *VM) AddGPUs(n int) {
+	v.Vendor = nvidiatest.NewVendorOf(nvidiatest.Chip, time.Now())
+	for range n {
+		v.GPUs = append(v.GPUs, v.Vendor.NewGPU())
+	}
+	v.Manifest.GPUs = n
+	v.Carried = v.Vendor.Collateral(v.GPUs...)
+	v.Identify()
+	v.Boot()
+}
+
+// Identify sets Identities to those that a VM would record of its GPUs.
+func (v *VM) Identify() {
+	var nonce [nvidia.NonceSize]byte
+	data, err := v.gpuEvidence(nonce).Encode()
+	must(err)
+	verifier := nvidia.NewVerifier(v.Vendor.Roots())
+	must(verifier.AddCollateral(v.Vendor.Collateral(v.GPUs...)))
+	result, err := verifier.Verify(data, nvidia.Policy{Nonce: nonce, GPUs: len(v.GPUs), Models: []string{nvidiatest.Model}, NoClock: true})
+	must(err)
+	v.Identities = nil
+	for _, g := range result.GPUs {
+		id, err := g.Identity.Encode()
+		must(err)
+		v.Identities = append(v.Identities, id)
+	}
+}
+
+func (v *VM) gpuEvidence(nonce [nvidia.NonceSize]byte) *nvidia.Evidence {
+	e := &nvidia.Evidence{Version: nvidia.Version}
+	for _, g := range v.GPUs {
+		e.GPUs = append(e.GPUs, g.Evidence(nonce))
+	}
+	return e
 }
 
 // NewKey gives the VM another TLS key.
@@ -183,6 +232,15 @@ func (v *VM) Document(nonces ...[]byte) *evidence.Document {
 	}
 	d.CEL, err = cel.Encode(register, v.Events)
 	must(err)
+	if len(v.GPUs) > 0 {
+		nonce := evidence.GPUNonce(d.Nonces, d.TLSKey)
+		e := v.gpuEvidence(nonce)
+		if v.Report != nil {
+			v.Report(e, nonce)
+		}
+		d.GPU, err = e.Encode()
+		must(err)
+	}
 	td, pcrs := v.TD, map[int][32]byte{}
 	for i, p := range v.PCRs {
 		pcrs[i] = p
@@ -232,6 +290,8 @@ func (v *VM) Record() *record.File {
 			value := v.PCRs[index]
 			image.PCRs = append(image.PCRs, record.PCR{Index: index, SHA256: value[:]})
 		}
+		machine := v.PCRs[1]
+		shape.PCR1 = machine[:]
 	}
 	key := image.Key()
 	shape.Image = key[:]
@@ -254,6 +314,10 @@ func (v *VM) Policy() *attest.Policy {
 	if v.TPM != nil {
 		p.DevelopmentRoots = []string{PEM(v.TPM.Root)}
 	}
+	if v.Vendor != nil {
+		device, rim := v.Vendor.DeviceRoot.SHA256(), v.Vendor.RIMRoot.SHA256()
+		p.GPUModels, p.GPUDeviceRoots, p.GPURIMRoots = []string{nvidiatest.Model}, []record.Hex{device[:]}, []record.Hex{rim[:]}
+	}
 	must(p.Check())
 	return p
 }
@@ -274,6 +338,8 @@ type Server struct {
 	Addr     string
 	API      http.Handler                                 // what is behind the evidence; nil answers 200 to all
 	Evidence func(w http.ResponseWriter, r *http.Request) // nil serves the VM's
+
+	GPUCollateral func(w http.ResponseWriter, r *http.Request) // nil serves the VM's
 
 	mu       sync.Mutex
 	vm       *VM
@@ -322,6 +388,10 @@ func (s *Server) Counts() (evidence, connections int) {
 func (s *Server) Close() { s.server.Close() }
 
 func (s *Server) handle(w http.ResponseWriter, r *http.Request) {
+	if r.URL.Path == evidence.GPUCollateralPath {
+		s.gpuCollateral(w, r)
+		return
+	}
 	if r.URL.Path != evidence.Path {
 		if s.API != nil {
 			s.API.ServeHTTP(w, r)
@@ -343,6 +413,22 @@ func (s *Server) handle(w http.ResponseWriter, r *http.Request) {
 	}
 	w.Header().Set("Content-Type", "application/json")
 	w.Write(vm.Evidence(nonce))
+}
+
+func (s *Server) gpuCollateral(w http.ResponseWriter, r *http.Request) {
+	s.mu.Lock()
+	carried := s.vm.Carried
+	s.mu.Unlock()
+	switch {
+	case s.GPUCollateral != nil:
+		s.GPUCollateral(w, r)
+	case carried == nil:
+		http.NotFound(w, r)
+	default:
+		data, err := carried.Encode()
+		must(err)
+		w.Write(data)
+	}
 }
 
 // tlsListener hands the server decrypted connections.

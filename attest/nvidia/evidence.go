@@ -58,6 +58,9 @@ type State struct {
 
 var modelRE = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9 ._()/-]{0,63}$`)
 
+// IsModel reports whether a text can be a GPU's name, as NVML writes it.
+func IsModel(s string) bool { return modelRE.MatchString(s) }
+
 // Validate implements canonical.Document.
 func (e *Evidence) Validate() error {
 	if e.Version != Version {

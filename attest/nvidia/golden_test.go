@@ -115,7 +115,7 @@ func TestGoldenReport(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if r.Nonce != goldenNonce || len(r.Measurements) != 64 || r.Project != "1010" || r.ProjectSKU != "0200" || r.ChipSKU != "882" || r.ProtectedPCIe() {
+	if r.Nonce != goldenNonce || len(r.Measurements) != 64 || r.Project != "1010" || r.ProjectSKU != "0200" || r.ChipSKU != "882" || r.MultiGPU() != MultiGPUNone {
 		t.Errorf("%+v", r)
 	}
 }

@@ -60,7 +60,7 @@ func (v *Verifier) checkRevocation(chain []*x509.Certificate, at time.Time, p *P
 		answered := false
 		for _, r := range v.ocsp[c.SerialNumber.String()] {
 			if err := v.links.speaksFor(r.Certificate, issuer); err != nil {
-				problem = err
+				problem = &MissingError{err}
 				continue
 			}
 			// Revocation is final: it counts however old the answer is.
@@ -72,7 +72,7 @@ func (v *Verifier) checkRevocation(chain []*x509.Certificate, at time.Time, p *P
 				continue
 			}
 			if err := checkOCSPAge(r, at, p.MaxOCSPAge); err != nil {
-				problem = fmt.Errorf("certificate %s: %w", name(c), err)
+				problem = &MissingError{fmt.Errorf("certificate %s: %w", name(c), err)}
 				continue
 			}
 			answered = true
@@ -81,9 +81,9 @@ func (v *Verifier) checkRevocation(chain []*x509.Certificate, at time.Time, p *P
 			continue
 		}
 		if problem == nil {
-			problem = fmt.Errorf("there is no OCSP response for certificate %s", name(c))
+			problem = &MissingError{fmt.Errorf("there is no OCSP response for certificate %s", name(c))}
 		}
-		return fmt.Errorf("%w; fetch the collateral again", problem)
+		return fmt.Errorf("%w; fetch the collateral again, with 'chrysalis gpu collateral'", problem)
 	}
 	return nil
 }

@@ -43,12 +43,20 @@ const (
 	FieldProjectSKU    Field = 18 // text
 	FieldFWID          Field = 20 // SHA-384 of the firmware that holds the key
 	FieldProtectedPCIe Field = 21 // 1 byte: statusEnabled or statusDisabled
-	FieldFeatureFlag   Field = 36 // which confidential mode, from driver 570 on
+	FieldChip          Field = 35 // text, for example GB100, from Blackwell on
+	FieldFeatureFlag   Field = 36 // which confidential mode, from driver 570 on; little endian
 )
 
 const (
 	statusEnabled  = 0xaa
 	statusDisabled = 0x55
+)
+
+// What the feature flag says.
+const (
+	featureSinglePass    = 0 // one GPU for itself
+	featureMultiPass     = 1 // several with encrypted NVLink
+	featureProtectedPCIe = 2
 )
 
 // Report is a parsed attestation report: an SPDM request and the response to it,
@@ -63,6 +71,7 @@ type Report struct {
 	Project    string // for example 1010
 	ProjectSKU string // for example 0200
 	ChipSKU    string // for example 882
+	Chip       string // for example GB100; empty in reports of Hopper
 
 	signed    []byte // all but the signature
 	signature []byte
@@ -100,16 +109,32 @@ func ParseReport(data []byte) (*Report, error) {
 			return nil, fmt.Errorf("opaque field %d is neither enabled nor disabled", f)
 		}
 	}
+	if _, ok := r.Opaque[FieldChip]; ok {
+		if r.Chip, err = r.text(FieldChip, chipRE); err != nil {
+			return nil, fmt.Errorf("chip: %w", err)
+		}
+	}
+	if v, ok := r.Opaque[FieldFeatureFlag]; ok {
+		if len(v) < 1 || len(v) > 8 || v[0] > featureProtectedPCIe || slices.ContainsFunc(v[1:], func(b byte) bool { return b != 0 }) {
+			return nil, fmt.Errorf("opaque field %d, %.40x, is no mode that is known", FieldFeatureFlag, v)
+		}
+	}
 	if v, ok := r.Opaque[FieldFWID]; ok && len(v) != digestSize {
 		return nil, fmt.Errorf("opaque field %d has %d bytes, expected %d", FieldFWID, len(v), digestSize)
 	}
 	return r, nil
 }
 
-// ProtectedPCIe reports whether the GPU is in protected PCIe mode.
-func (r *Report) ProtectedPCIe() bool {
-	v := r.Opaque[FieldProtectedPCIe]
-	return len(v) == 1 && v[0] == statusEnabled
+// MultiGPU is how the GPU says that it works together with others. The feature
+// flag decides where there is one, as in NVIDIA's own verifier.
+func (r *Report) MultiGPU() MultiGPU {
+	if v, ok := r.Opaque[FieldFeatureFlag]; ok {
+		return [...]MultiGPU{featureSinglePass: MultiGPUNone, featureMultiPass: MultiGPUNVLE, featureProtectedPCIe: MultiGPUProtectedPCIe}[v[0]]
+	}
+	if v := r.Opaque[FieldProtectedPCIe]; len(v) == 1 && v[0] == statusEnabled {
+		return MultiGPUProtectedPCIe
+	}
+	return MultiGPUNone
 }
 
 // nvdec0Disabled reports whether the first video decoder is off; then nothing is

@@ -49,6 +49,7 @@ type RIM struct {
 	Golden map[int][][]byte
 
 	chain []*x509.Certificate // signer first
+	raw   []byte
 }
 
 // Validity is when all certificates behind the signature are valid.
@@ -98,7 +99,7 @@ func parseRIM(data []byte, roots [][32]byte, l *links) (*RIM, error) {
 	if err != nil {
 		return nil, err
 	}
-	rim.chain = chain
+	rim.chain, rim.raw = chain, data
 	return rim, nil
 }
 

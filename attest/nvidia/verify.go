@@ -8,7 +8,9 @@
 // signs. No service is asked. The guest does the same before it lets a GPU work,
 // without the parts that need a clock, because it has none that it trusts.
 //
-// Hopper (H100, H200) is supported. Reports of NVSwitches are not verified: a set
+// Hopper (H100, H200) is supported. Blackwell's evidence has the same form; what
+// differs in public (the driver RIM's name, and two more fields of the report) is
+// read, and has been tested on evidence of the tests' own only. Reports of NVSwitches are not verified: a set
 // of GPUs that needs them is refused unless the policy says otherwise.
 package nvidia
 
@@ -22,6 +24,7 @@ import (
 	"maps"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -77,11 +80,29 @@ func (r *Refusal) Error() string {
 // Unwrap returns the cause.
 func (r *Refusal) Unwrap() error { return r.Err }
 
+// MissingError is why evidence could not be judged with the collateral at hand:
+// there is none for a driver, a VBIOS or a certificate, or it is too old. With
+// other collateral the same evidence may be accepted.
+type MissingError struct{ Err error }
+
+// Error implements error.
+func (m *MissingError) Error() string { return m.Err.Error() }
+
+// Unwrap returns the cause.
+func (m *MissingError) Unwrap() error { return m.Err }
+
+// Hopper are the GPUs that this package was written for, as NVML names them.
+var Hopper = []string{
+	"NVIDIA H100 PCIe", "NVIDIA H100 80GB HBM3", "NVIDIA H100 NVL", "NVIDIA H200", "NVIDIA H200 NVL",
+}
+
 // Policy says what Verify accepts. What is not set is as strict as it can be.
 type Policy struct {
 	Nonce  [NonceSize]byte // that the reports must answer
 	GPUs   int             // exactly how many, 1 to MaxGPUs
 	Models []string        // the allowed ones, as NVML names them; none allows none
+
+	MinDriver string // the oldest driver allowed, like 550.90.07; empty allows all
 
 	// Time is now. A verifier without a trusted clock, which is the guest, sets
 	// NoClock instead: then neither validity nor revocation is checked.
@@ -173,7 +194,8 @@ func (v *Verifier) AddCollateral(c *Collateral) error {
 }
 
 // Verify checks GPU evidence under a policy. Its error is a *Refusal that names
-// the first check that fails.
+// the first check, in the order of Checks, that any GPU fails: those before it hold
+// for all of them.
 func (v *Verifier) Verify(data []byte, p Policy) (*Result, error) {
 	set := func(c Check, err error) (*Result, error) { return nil, &Refusal{Check: c, GPU: -1, Err: err} }
 	if p.NoClock != p.Time.IsZero() {
@@ -190,22 +212,18 @@ func (v *Verifier) Verify(data []byte, p Policy) (*Result, error) {
 		return nil, r
 	}
 	out := &Result{GPUs: make([]Verified, len(e.GPUs))}
+	refusals := make([]*Refusal, len(e.GPUs))
 	err = parallel(len(e.GPUs), func(i int) error {
-		check, err := v.verifyGPU(&e.GPUs[i], &p, &out.GPUs[i])
-		if err != nil {
-			return &Refusal{Check: check, GPU: i, Err: err}
+		if check, err := v.verifyGPU(&e.GPUs[i], &p, &out.GPUs[i]); err != nil {
+			refusals[i] = &Refusal{Check: check, GPU: i, Err: err}
 		}
 		return nil
 	})
 	if err != nil {
-		return nil, err
+		return set(CheckEvidence, err)
 	}
-	for i, g := range out.GPUs {
-		for j, other := range out.GPUs[:i] {
-			if other.Identity.Device == g.Identity.Device {
-				return nil, &Refusal{Check: CheckDuplicate, GPU: i, Err: fmt.Errorf("is the same device as GPU %d", j)}
-			}
-		}
+	if r := first(append(refusals, duplicate(e))); r != nil {
+		return nil, r
 	}
 	if p.Identities != nil {
 		if err := checkIdentities(out, p.Identities); err != nil {
@@ -213,6 +231,29 @@ func (v *Verifier) Verify(data []byte, p Policy) (*Result, error) {
 		}
 	}
 	return out, nil
+}
+
+// first returns the refusal whose check comes first, of the lowest GPU.
+func first(refusals []*Refusal) (out *Refusal) {
+	for _, r := range refusals {
+		if r != nil && (out == nil || slices.Index(Checks, r.Check) < slices.Index(Checks, out.Check)) {
+			out = r
+		}
+	}
+	return out
+}
+
+// duplicate refuses a GPU that stands in for two: the certificate above the leaf is
+// the device's own.
+func duplicate(e *Evidence) *Refusal {
+	for i, g := range e.GPUs {
+		for j, other := range e.GPUs[:i] {
+			if bytes.Equal(other.Certificates[1], g.Certificates[1]) {
+				return &Refusal{Check: CheckDuplicate, GPU: i, Err: fmt.Errorf("is the same device as GPU %d", j)}
+			}
+		}
+	}
+	return nil
 }
 
 // checkStates checks what the agent says, over all GPUs, before any report.
@@ -246,8 +287,8 @@ func (v *Verifier) verifyGPU(g *GPU, p *Policy, out *Verified) (Check, error) {
 	if err != nil {
 		return CheckReport, err
 	}
-	if r.ProtectedPCIe() != (g.State.MultiGPU == MultiGPUProtectedPCIe) {
-		return CheckMode, fmt.Errorf("the GPU's report and its state %q contradict each other on protected PCIe", g.State.MultiGPU)
+	if mode := r.MultiGPU(); mode != g.State.MultiGPU {
+		return CheckMode, fmt.Errorf("the GPU's report says %q and its state %q: they contradict each other", mode, g.State.MultiGPU)
 	}
 	if r.Nonce != p.Nonce {
 		return CheckNonce, fmt.Errorf("the report answers the nonce %x, not %x", r.Nonce, p.Nonce)
@@ -297,11 +338,14 @@ func checkFirmware(chain []*x509.Certificate, r *Report) error {
 
 // measure compares a report with the RIMs for its driver and its VBIOS.
 func (v *Verifier) measure(chipName string, r *Report, p *Policy, out *Verified) *Refusal {
-	driver, err := v.usable(chipName, r.Driver, "driver", p)
+	if !atLeast(r.Driver, p.MinDriver) {
+		return &Refusal{Check: CheckDriverRIM, Err: fmt.Errorf("the driver %s is older than the policy's minimum, %s", r.Driver, p.MinDriver)}
+	}
+	driver, err := v.usable(driverKey(chipName, r), "driver", p)
 	if err != nil {
 		return &Refusal{Check: CheckDriverRIM, Err: err}
 	}
-	vbios, err := v.usable(chipName, r.VBIOS, "VBIOS", p)
+	vbios, err := v.usable(vbiosKey(chipName, r), "VBIOS", p)
 	if err != nil {
 		return &Refusal{Check: CheckVBIOSRIM, Err: err}
 	}
@@ -316,14 +360,19 @@ func (v *Verifier) measure(chipName string, r *Report, p *Policy, out *Verified)
 	return &Refusal{Check: CheckMeasurements, Err: err}
 }
 
+// driverKey and vbiosKey are what RIMs are found by: product and version. A
+// driver's RIM is for the chip that the report names, where it does.
+func driverKey(chipName string, r *Report) string { return cmp.Or(r.Chip, chipName) + " " + r.Driver }
+func vbiosKey(chipName string, r *Report) string  { return chipName + " " + r.VBIOS }
+
 // usable returns the RIMs for a version that are valid now.
-func (v *Verifier) usable(chipName, version, what string, p *Policy) ([]*RIM, error) {
+func (v *Verifier) usable(key, what string, p *Policy) ([]*RIM, error) {
 	var out []*RIM
 	var problem error
-	for _, rim := range v.rims[chipName+" "+version] {
+	for _, rim := range v.rims[key] {
 		if !p.NoClock {
 			if err := checkValidity(rim.chain, p.Time); err != nil {
-				problem = err
+				problem = &MissingError{err}
 				continue
 			}
 			if err := v.checkRevocation(rim.chain, p.Time, p); err != nil {
@@ -336,12 +385,37 @@ func (v *Verifier) usable(chipName, version, what string, p *Policy) ([]*RIM, er
 	if len(out) > 0 {
 		return out, nil
 	}
+	chipName, version, _ := strings.Cut(key, " ")
 	if problem != nil {
 		return nil, fmt.Errorf("the RIM for %s %s of %s cannot be used: %w", what, version, chipName, problem)
 	}
-	return nil, fmt.Errorf("there is no RIM for %s %s of %s; there are those for %s; fetch it with 'chrysalis gpu collateral'",
-		what, version, chipName, cmp.Or(strings.Join(slices.Sorted(maps.Keys(v.rims)), ", "), "none"))
+	return nil, &MissingError{fmt.Errorf("there is no RIM for %s %s of %s; there are those for %s; fetch it with 'chrysalis gpu collateral'",
+		what, version, chipName, cmp.Or(strings.Join(slices.Sorted(maps.Keys(v.rims)), ", "), "none"))}
 }
+
+// atLeast compares two driver versions number by number.
+func atLeast(version, minimum string) bool {
+	if minimum == "" {
+		return true
+	}
+	number := func(parts []string, i int) int {
+		if i >= len(parts) {
+			return 0
+		}
+		n, _ := strconv.Atoi(parts[i]) // driverRE: digits
+		return n
+	}
+	a, b := strings.Split(version, "."), strings.Split(minimum, ".")
+	for i := range max(len(a), len(b)) {
+		if d := cmp.Compare(number(a, i), number(b, i)); d != 0 {
+			return d > 0
+		}
+	}
+	return true
+}
+
+// IsDriverVersion reports whether a text is a driver's version, like 550.90.07.
+func IsDriverVersion(s string) bool { return driverRE.MatchString(s) }
 
 // nvdec0Index is measured only while the first video decoder is on.
 const nvdec0Index = 35
@@ -398,19 +472,29 @@ func checkIdentities(out *Result, recorded [][]byte) error {
 }
 
 // parallel calls f for 0 to n-1 on all processors and returns the error of the
-// lowest index.
+// lowest index. A panic, which hostile input may cause in a parser that is not ours,
+// is an error: nobody above could catch it.
 func parallel(n int, f func(int) error) error {
 	errs := make([]error, n)
-	if n == 1 {
-		return f(0)
+	contained := func(i int) {
+		defer func() {
+			if p := recover(); p != nil {
+				errs[i] = fmt.Errorf("part %d is malformed in a way that the parser does not expect", i)
+			}
+		}()
+		errs[i] = f(i)
 	}
 	slots := make(chan struct{}, runtime.GOMAXPROCS(0))
 	var group sync.WaitGroup
 	for i := range n {
+		if n == 1 {
+			contained(i)
+			break
+		}
 		slots <- struct{}{}
 		group.Go(func() {
 			defer func() { <-slots }()
-			errs[i] = f(i)
+			contained(i)
 		})
 	}
 	group.Wait()

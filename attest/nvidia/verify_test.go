@@ -139,6 +139,26 @@ func TestRefusals(t *testing.T) {
 		{"an expired device", nvidia.CheckChain, 1, "valid from", func(f *fixture) {
 			f.g.Leaf = nvidiatest.Issue("x", f.g.Device, false, func(c *x509.Certificate) { c.NotAfter = nvidiatest.Now.AddDate(0, 0, -1) })
 		}},
+		{"a mode that is not known", nvidia.CheckReport, 1, "no mode that is known", func(f *fixture) {
+			f.g.Opaque = append(f.g.Opaque, nvidiatest.Opaque{Field: nvidia.FieldFeatureFlag, Value: []byte{3}})
+		}},
+		{"encrypted NVLink that the state denies", nvidia.CheckMode, 1, "contradict", func(f *fixture) {
+			f.g.Opaque = append(f.g.Opaque, nvidiatest.Opaque{Field: nvidia.FieldFeatureFlag, Value: []byte{1, 0}})
+		}},
+		{"encrypted NVLink that the report denies", nvidia.CheckMode, 0, "contradict", func(f *fixture) {
+			for i := range f.e.GPUs {
+				f.e.GPUs[i].State.MultiGPU = nvidia.MultiGPUNVLE
+			}
+		}},
+		{"a chip's name that is none", nvidia.CheckReport, 1, "chip", func(f *fixture) {
+			f.g.Opaque = append(f.g.Opaque, nvidiatest.Opaque{Field: nvidia.FieldChip, Value: []byte("../x")})
+		}},
+		{"an old driver", nvidia.CheckDriverRIM, 0, "older than the policy's minimum", func(f *fixture) { f.p.MinDriver = "999.10.2" }},
+		{"two faults: the earlier check, of the later GPU", nvidia.CheckNonce, 1, "nonce", func(f *fixture) {
+			f.g = nil
+			f.e.GPUs[0].Report[400] ^= 1
+			f.e.GPUs[1].Report = gpus[1].Report([32]byte{9})
+		}},
 		{"a chip without a name", nvidia.CheckChain, 1, "begin with a chip", func(f *fixture) {
 			f.g.Device = nvidiatest.Issue("BROM", vendor.Provisioner, true, nil)
 			f.g.Leaf = nvidiatest.Issue("x", f.g.Device, false, nil)
@@ -189,6 +209,11 @@ func TestRefusals(t *testing.T) {
 		{"another identity", nvidia.CheckIdentity, 0, "recorded", func(f *fixture) { f.p.Identities = [][]byte{{}, {}} }},
 		{"fewer identities", nvidia.CheckIdentity, -1, "recorded 1", func(f *fixture) { f.p.Identities = [][]byte{{}} }},
 	}
+	// What other collateral could mend.
+	missing := map[string]bool{
+		"no answer for a GPU": true, "an old answer": true, "an answer by somebody else": true, "an answer by a GPU": true,
+		"no driver RIM": true, "another driver's RIM": true, "another VBIOS's RIM": true, "an expired RIM": true,
+	}
 	for _, index := range append(append([]int{}, nvidiatest.DriverIndices...), nvidiatest.VBIOSIndices...) {
 		i := index
 		tests = append(tests, struct {
@@ -225,6 +250,9 @@ func TestRefusals(t *testing.T) {
 			if !ok || r.Check != test.check || r.GPU != test.gpu || !strings.Contains(err.Error(), test.text) {
 				t.Fatalf("got %v, expected %s of GPU %d with %q", err, test.check, test.gpu, test.text)
 			}
+			if _, got := errors.AsType[*nvidia.MissingError](err); got != missing[test.name] {
+				t.Errorf("that other collateral could mend it is %v, expected %v", got, missing[test.name])
+			}
 			t.Log(err)
 		})
 	}
@@ -247,6 +275,91 @@ func TestNVDEC0Off(t *testing.T) {
 	}
 	if got := result.GPUs[0].Skipped; len(got) != 1 || got[0] != 35 {
 		t.Errorf("skipped %v", got)
+	}
+}
+
+// Blackwell's evidence, as far as its form is public.
+func TestBlackwell(t *testing.T) {
+	vendor := nvidiatest.NewVendorOf("GB100", nvidiatest.Now)
+	for flag, mode := range map[byte]nvidia.MultiGPU{0: nvidia.MultiGPUNone, 1: nvidia.MultiGPUNVLE} {
+		e := &nvidia.Evidence{Version: nvidia.Version}
+		var gpus []*nvidiatest.GPU
+		for range 2 {
+			g := vendor.NewGPU()
+			g.Set(nvidia.FieldFeatureFlag, []byte{flag})
+			gpus = append(gpus, g)
+			entry := g.Evidence(nonce)
+			entry.State.MultiGPU = mode
+			e.GPUs = append(e.GPUs, entry)
+		}
+		result, err := verifier(t, vendor, vendor.Collateral(gpus...)).Verify(encode(t, e), policy(2))
+		if err != nil {
+			t.Fatalf("%s: %v", mode, err)
+		}
+		if id := result.GPUs[0].Identity; id.Chip != "GB100" || id.MultiGPU != mode {
+			t.Errorf("identity %+v", id)
+		}
+		driver, vbios, err := nvidia.RIMIDs(&e.GPUs[0])
+		if err != nil || driver != "NV_GPU_CC_DRIVER_GB100_"+nvidiatest.Driver || vbios != "NV_GPU_VBIOS_1010_0200_882_9600AA0001" {
+			t.Errorf("RIMs %s, %s, %v", driver, vbios, err)
+		}
+		// A RIM of Hopper for the same version is validly signed, and not the one.
+		hopper := *vendor
+		hopper.Chip = nvidiatest.Chip
+		c := vendor.Collateral(gpus...)
+		c.RIMs[0] = hopper.DriverRIM()
+		_, err = verifier(t, vendor, c).Verify(encode(t, e), policy(2))
+		if r, ok := errors.AsType[*nvidia.Refusal](err); !ok || r.Check != nvidia.CheckDriverRIM {
+			t.Errorf("with Hopper's RIM: %v", err)
+		}
+	}
+}
+
+// Select takes what judges some GPUs out of more, and it is enough.
+func TestSelect(t *testing.T) {
+	vendor := nvidiatest.NewVendor()
+	e, mine := vendor.Set(2, nonce)
+	_, others := vendor.Set(6, nonce)
+	v := verifier(t, vendor, mine)
+	others.RIMs = append(others.RIMs, vendor.RIM(vendor.Signer, "999.10.02", nvidiatest.DriverIndices))
+	stranger := nvidiatest.NewVendor()
+	strange := stranger.Collateral(stranger.NewGPU())
+	strange.RIMs = []evidence.Bytes{}
+	for _, c := range []*nvidia.Collateral{others, strange, {Version: nvidia.Version, RIMs: []evidence.Bytes{}, OCSP: []evidence.Bytes{
+		nvidiatest.OCSP(vendor.Identity, ocsp.Good, nvidiatest.Now), nvidiatest.OCSP(vendor.Identity, ocsp.Good, nvidiatest.Now.Add(-2*time.Hour)),
+	}}} {
+		if err := v.AddCollateral(c); err != nil {
+			t.Fatal(err)
+		}
+	}
+	got, err := v.Select(e)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// Two RIMs, twice each; five authorities and two GPUs.
+	if len(got.RIMs) != 4 || len(got.OCSP) != 7 {
+		t.Errorf("%d RIMs, %d answers", len(got.RIMs), len(got.OCSP))
+	}
+	p := policy(2)
+	p.MaxOCSPAge = time.Hour
+	if _, err := verifier(t, vendor, got).Verify(encode(t, e), p); err != nil {
+		t.Error(err)
+	}
+	// What is revoked stays so.
+	if err := v.AddCollateral(&nvidia.Collateral{Version: nvidia.Version, RIMs: []evidence.Bytes{}, OCSP: []evidence.Bytes{
+		nvidiatest.OCSP(vendor.Identity, ocsp.Revoked, nvidiatest.Now.AddDate(0, -1, 0)),
+	}}); err != nil {
+		t.Fatal(err)
+	}
+	if got, err = v.Select(e); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := verifier(t, vendor, got).Verify(encode(t, e), p); err == nil || !strings.Contains(err.Error(), "revoked") {
+		t.Error(err)
+	}
+	e.GPUs[0].Certificates = e.GPUs[0].Certificates[:3]
+	if _, err := v.Select(e); err == nil {
+		t.Error("a chain that does not verify selects")
 	}
 }
 

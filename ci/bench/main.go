@@ -50,6 +50,7 @@ var parts = []part{
 	{"attest", attestation},
 	{"gpu", gpus},
 	{"ton", ton},
+	{"channels", channels},
 	{"measure", prediction},
 	{"demo", cleanDemo},
 	{"builds", builds},

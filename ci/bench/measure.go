@@ -55,8 +55,14 @@ func predict() error {
 		return err
 	}
 	var machines []measure.Machine
+	names := launcher.ShapeNames()
 	for i := range 10 {
 		shape := launcher.Shape{Name: fmt.Sprintf("shape%d", i), VCPUs: i + 1, Memory: uint64(i+1) << 30, PhysBits: 40, TDXBits: 52}
+		if i < len(names) {
+			if shape, err = launcher.LookupShape(names[i]); err != nil {
+				return err
+			}
+		}
 		tables, err := launcher.Tables(context.Background(), tools, shape, plan.Artefacts(record.TDX, record.BootKernel, 1, shape))
 		if err != nil {
 			return err

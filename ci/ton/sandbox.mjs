@@ -21,7 +21,8 @@ for (const run of JSON.parse(readFileSync(0, 'utf8'))) {
         debugEnabled: false,
     })
     if (!result.success) {
-        out.push({ error: result.error })
+        // An external message that was not accepted.
+        out.push(result.vmResults ? { exit: result.vmResults.vmExitCode } : { error: result.error })
         continue
     }
     const cell = Cell.fromBase64(result.transaction)

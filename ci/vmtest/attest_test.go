@@ -54,11 +54,11 @@ func verified(t *testing.T, h *host, endpoint string) {
 
 	t.Run("verify", func(t *testing.T) {
 		v := h.verify(0, "", with(endpoint)...)
-		if len(v.Checks) != 18 || strings.Join(v.Models, " ") != "chrysalis/demo@1" {
+		if len(v.Checks) != 19 || strings.Join(v.Models, " ") != "chrysalis/demo@1" {
 			t.Errorf("%+v", v)
 		}
 		r := h.run(time.Minute, append([]string{"verify", "default"}, trust...)...)
-		if r.code != 0 || strings.Count(r.stdout, "✔") != 18 || !strings.Contains(r.stdout, "NOT CONFIDENTIAL") {
+		if r.code != 0 || strings.Count(r.stdout, "✔") != 19 || !strings.Contains(r.stdout, "NOT CONFIDENTIAL") {
 			t.Errorf("verify: %s", r)
 		}
 	})
@@ -89,7 +89,7 @@ func verified(t *testing.T, h *host, endpoint string) {
 	t.Run("chat", func(t *testing.T) {
 		dir := filepath.Join(t.TempDir(), "saved")
 		r := h.run(2*time.Minute, append([]string{"chat", "What is a TD?", "--checks", "--save", dir}, trust...)...)
-		if r.code != 0 || !strings.Contains(r.stdout, "TDX") || strings.Count(r.stderr, "✔") != 18 {
+		if r.code != 0 || !strings.Contains(r.stdout, "TDX") || strings.Count(r.stderr, "✔") != 19 {
 			t.Errorf("chat: %s", r)
 		}
 		if r := h.run(time.Minute, "verify", "receipt", dir); r.code != 0 || !strings.Contains(r.stdout, "chrysalis/demo@1 answered these bodies") {
@@ -142,11 +142,23 @@ func verified(t *testing.T, h *host, endpoint string) {
 // startProxy runs 'chrysalis proxy' until the test ends, and returns its base URL.
 func startProxy(t *testing.T, h *host, args ...string) string {
 	t.Helper()
+	base, _ := startProxyLog(t, h, args...)
+	return base
+}
+
+// startProxyLog returns the file that has all that it writes, too.
+func startProxyLog(t *testing.T, h *host, args ...string) (base, said string) {
+	t.Helper()
+	said = filepath.Join(t.TempDir(), "proxy.log")
+	log, err := os.Create(said)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { log.Close() })
 	cmd := exec.Command(program, append([]string{"proxy", "--listen", "127.0.0.1:0"}, args...)...)
 	cmd.Dir = source
 	cmd.Env = append(os.Environ(), "XDG_STATE_HOME="+h.dir)
-	var stderr bytes.Buffer
-	cmd.Stderr = &stderr
+	cmd.Stderr = log
 	stdout, err := cmd.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -157,14 +169,15 @@ func startProxy(t *testing.T, h *host, args ...string) string {
 	t.Cleanup(func() {
 		cmd.Process.Signal(os.Interrupt)
 		if err := cmd.Wait(); err != nil {
-			t.Errorf("proxy: %v\n%s", err, stderr.String())
+			text, _ := os.ReadFile(said)
+			t.Errorf("proxy: %v\n%s", err, text)
 		}
 	})
-	var base string
-	if _, err := fmt.Fscanln(stdout, &base); err != nil {
+	if _, err := fmt.Fscanln(io.TeeReader(stdout, log), &base); err != nil {
 		t.Fatalf("proxy: %v", err)
 	}
-	return base
+	go io.Copy(log, stdout)
+	return base, said
 }
 
 // TestChangedByte boots what differs in one byte from what a client expects: the

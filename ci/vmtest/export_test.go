@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"crypto/x509"
 	"encoding/json"
 	"fmt"
 	"net"
@@ -39,7 +40,7 @@ func TestExport(t *testing.T) {
 		t.Fatal(err)
 	}
 
-	vm := bootDisk(t, disk)
+	vm := bootDisk(t, "small", disk)
 	c := newClient(t, "https://vm")
 	c.http.Transport.(*http.Transport).DialContext = func(ctx context.Context, _, _ string) (net.Conn, error) {
 		return vm.dialer.Dial(ctx, guest.PortInference)
@@ -84,14 +85,15 @@ type diskVM struct {
 	ended  chan struct{}
 	qmp    net.Conn
 	in     *bufio.Reader
+	root   *x509.Certificate // of its TPM
 }
 
 // bootDisk starts QEMU with the launcher's command line for a VM that starts from
 // a disk, and waits until its vsock driver runs. It is emulated, which works on
 // every machine.
-func bootDisk(t *testing.T, disk string) *diskVM {
+func bootDisk(t *testing.T, shape, disk string) *diskVM {
 	t.Helper()
-	vm := startQEMU(t, diskCommand(t), toolsroot.Bind{Host: disk, Inside: "/vm/disk0", Writable: true})
+	vm := startQEMU(t, diskCommand(t, shape), toolsroot.Bind{Host: disk, Inside: "/vm/disk0", Writable: true})
 	vm.await(vm.driverRuns)
 	time.Sleep(time.Second) // as the launcher waits, for an emulated VM
 	return vm
@@ -111,6 +113,7 @@ func startQEMU(t *testing.T, argv []string, binds ...toolsroot.Bind) *diskVM {
 	if err != nil {
 		t.Fatal(err)
 	}
+	vm.root = ca.Certificate
 	if err := softtpm.Make(t.Context(), tools, state, ca); err != nil {
 		t.Fatal(err)
 	}
@@ -170,9 +173,9 @@ func startQEMU(t *testing.T, argv []string, binds ...toolsroot.Bind) *diskVM {
 
 // diskCommand is the launcher's command line for a VM that starts from its only
 // disk, which can be written to.
-func diskCommand(t *testing.T) []string {
+func diskCommand(t *testing.T, name string) []string {
 	t.Helper()
-	shape, err := launcher.LookupShape("small")
+	shape, err := launcher.LookupShape(name)
 	if err != nil {
 		t.Fatal(err)
 	}

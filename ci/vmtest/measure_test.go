@@ -4,8 +4,11 @@ import (
 	"bytes"
 	"context"
 	"crypto/rand"
+	"crypto/sha256"
+	"crypto/x509"
 	"encoding/base64"
 	"encoding/json"
+	"encoding/pem"
 	"net"
 	"net/http"
 	"os"
@@ -15,6 +18,7 @@ import (
 	"testing"
 	"time"
 
+	"chrysalis/attest"
 	"chrysalis/attest/evidence"
 	"chrysalis/guest"
 	"chrysalis/image"
@@ -81,8 +85,9 @@ func (h *host) explain(p predicted, log []byte, code int) (x measure.Explanation
 }
 
 // checkPrediction requires that evidence is what was predicted: each event, in
-// order, and every register that the record has, as the TPM has quoted it.
-func checkPrediction(t *testing.T, h *host, p predicted, shape string, document []byte) {
+// order, and every register that the record has, as the TPM has quoted it. A
+// client whose policy names the shape accepts it.
+func checkPrediction(t *testing.T, h *host, p predicted, shape string, document []byte, root *x509.Certificate) {
 	t.Helper()
 	x, text := h.explain(p, document, 0)
 	if !x.Equal || x.Shape != shape {
@@ -118,6 +123,34 @@ func checkPrediction(t *testing.T, h *host, p predicted, shape string, document 
 			t.Errorf("PCR %d is %x, expected zeros", i, quoted[i])
 		}
 	}
+	for _, s := range p.File.Shapes {
+		v := judge(t, d, root, s.Name, p.File)
+		switch {
+		case s.Name == shape && (!v.OK || v.Shape != shape):
+			t.Errorf("a client that wants shape %s refuses it: %v", shape, v.Err())
+		case s.Name != shape && v.Failed != attest.CheckPCR1:
+			t.Errorf("a client that wants shape %s refuses it by %q, expected %q", s.Name, v.Failed, attest.CheckPCR1)
+		}
+	}
+}
+
+// root is the development root of the host's software TPMs.
+func (h *host) root() *x509.Certificate {
+	h.t.Helper()
+	path, err := launcher.DevelopmentRoot(filepath.Join(h.dir, "chrysalis"))
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	data, err := os.ReadFile(path)
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	block, _ := pem.Decode(data)
+	root, err := x509.ParseCertificate(block.Bytes)
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	return root
 }
 
 // fetchEvidence gets the evidence document of a VM.
@@ -140,41 +173,47 @@ func TestPredictedKernel(t *testing.T) {
 		t.Run(shape, func(t *testing.T) {
 			h := newHost(t)
 			endpoint := h.up("--shape", shape, "--accel", "tcg", "--engine", llama, "--model", demo)
-			checkPrediction(t, h, p, shape, fetchEvidence(t, newClient(t, endpoint)))
+			checkPrediction(t, h, p, shape, fetchEvidence(t, newClient(t, endpoint)), h.root())
 		})
 	}
 }
 
-// What is predicted is what a VM measures that was started from an exported
-// disk.
+// What is predicted is what VMs of two shapes measure that were started from an
+// exported disk.
 func TestPredictedDisk(t *testing.T) {
 	h := newHost(t)
-	disk := filepath.Join(t.TempDir(), "export.raw")
-	if r := h.run(2*time.Minute, "image", "export", "-o", disk, "--image", uki, "--engine", llama, "--model", demo); r.code != 0 {
+	exported := filepath.Join(t.TempDir(), "export.raw")
+	if r := h.run(2*time.Minute, "image", "export", "-o", exported, "--image", uki, "--engine", llama, "--model", demo); r.code != 0 {
 		t.Fatalf("export: %s", r)
 	}
-	p := predict(t, record.BootDisk, disk, "small")
-	vm := bootDisk(t, disk)
-	c := newClient(t, "https://vm")
-	c.http.Transport.(*http.Transport).DialContext = func(ctx context.Context, _, _ string) (net.Conn, error) {
-		return vm.dialer.Dial(ctx, guest.PortInference)
+	p := predict(t, record.BootDisk, exported, "small", "medium")
+	for _, shape := range []string{"small", "medium"} {
+		t.Run(shape, func(t *testing.T) {
+			disk := filepath.Join(t.TempDir(), "copy.raw") // the VM can write to it
+			changeFile(t, exported, disk, nil)
+			vm := bootDisk(t, shape, disk)
+			c := newClient(t, "https://vm")
+			c.http.Transport.(*http.Transport).DialContext = func(ctx context.Context, _, _ string) (net.Conn, error) {
+				return vm.dialer.Dial(ctx, guest.PortInference)
+			}
+			vm.await(func() bool {
+				ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+				defer cancel()
+				req, err := http.NewRequestWithContext(ctx, http.MethodGet, "https://vm/v1/models", nil)
+				if err != nil {
+					t.Fatal(err)
+				}
+				resp, err := c.http.Do(req)
+				if err != nil {
+					return false
+				}
+				resp.Body.Close()
+				return resp.StatusCode == http.StatusOK
+			})
+			checkPrediction(t, h, p, shape, fetchEvidence(t, c), vm.root)
+			vm.powerOff()
+		})
 	}
-	vm.await(func() bool {
-		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
-		defer cancel()
-		req, err := http.NewRequestWithContext(ctx, http.MethodGet, "https://vm/v1/models", nil)
-		if err != nil {
-			t.Fatal(err)
-		}
-		resp, err := c.http.Do(req)
-		if err != nil {
-			return false
-		}
-		resp.Body.Close()
-		return resp.StatusCode == http.StatusOK
-	})
-	checkPrediction(t, h, p, "small", fetchEvidence(t, c))
-	vm.powerOff()
 }
 
 // change is one thing that is not as it was measured.
@@ -190,9 +229,10 @@ type change struct {
 	// cause is part of what explain says first.
 	cause string
 	// registers of the record, or of those that a client wants to be zero, that
-	// are not as they should be. A client refuses on each of them. A TPM has no
-	// such register for the machine.
+	// are not as they should be. A client refuses on each of them.
 	registers []int
+	// refused is the check by which a client's policy refuses the VM.
+	refused attest.Name
 	// returns says that the image comes back to the firmware.
 	returns bool
 }
@@ -206,9 +246,9 @@ func TestExplainChanges(t *testing.T) {
 		return append(argv, "-fw_cfg", "name=etc/boot/initrd,file=/vm/extra")
 	}
 	for _, c := range []change{
-		{name: "vCPUs", shape: func(s *launcher.Shape) { s.VCPUs = 4 }, cause: "ACPI tables: the VM was started with 4 vCPUs, the record has 2"},
-		{name: "memory", shape: func(s *launcher.Shape) { s.Memory = 1536 << 20 }, cause: "the VM was started with 1536 MiB of memory, the record has 1024 MiB"},
-		{name: "device", argv: add("-device", "virtio-net-pci"), cause: "ACPI tables: the VM was started with one more device"},
+		{name: "vCPUs", shape: func(s *launcher.Shape) { s.VCPUs = 4 }, cause: "ACPI tables: the VM was started with 4 vCPUs, the record has 2", registers: []int{1}, refused: attest.CheckPCR1},
+		{name: "memory", shape: func(s *launcher.Shape) { s.Memory = 1536 << 20 }, cause: "the VM was started with 1536 MiB of memory, the record has 1024 MiB", registers: []int{1}, refused: attest.CheckPCR1},
+		{name: "device", argv: add("-device", "virtio-net-pci"), cause: "ACPI tables: the VM was started with one more device", registers: []int{1}, refused: attest.CheckPCR1},
 		{name: "a byte of the image", image: func(t *testing.T, uki []byte) []byte {
 			i := bytes.Index(uki, []byte("ID=chrysalis"))
 			if i < 0 {
@@ -216,13 +256,13 @@ func TestExplainChanges(t *testing.T) {
 			}
 			uki[i+3] ^= 1
 			return uki
-		}, cause: "another image: its section .osrel differs", registers: []int{4, 9, 11}},
-		{name: "command line", argv: add("-append", "console=ttyS0 init=/bin/sh"), cause: "kernel command line: the host gave another one \"console=ttyS0 init=/bin/sh\"", registers: []int{9, 12}},
-		{name: "second initrd", argv: extraInitrd, cause: "initrd: the image was started, refused to go on", registers: []int{4, 9}, returns: true},
-		{name: "SMBIOS strings", argv: add("-smbios", "type=11,value=io.systemd.stub.kernel-cmdline-extra=debug"), cause: "kernel command line: the host gave another one in SMBIOS strings \"debug\"", registers: []int{9, 12}},
-		{name: "firmware", firmware: debian12OVMF, cause: "another firmware: it calls itself", registers: []int{7}},
-		{name: "addon", boot: record.BootDisk, disk: addToESP("EFI/BOOT/BOOTX64.EFI.extra.d/more.addon.efi", addon), cause: "addon: program \"", registers: []int{4, 9, 12}},
-		{name: "credential", boot: record.BootDisk, disk: addToESP("EFI/BOOT/BOOTX64.EFI.extra.d/more.cred", func(*testing.T) []byte { return []byte("secret") }), cause: "credentials or extensions on the ESP", registers: []int{9, 12}},
+		}, cause: "another image: its section .osrel differs", registers: []int{4, 9, 11}, refused: attest.CheckPCR4},
+		{name: "command line", argv: add("-append", "console=ttyS0 init=/bin/sh"), cause: "kernel command line: the host gave another one \"console=ttyS0 init=/bin/sh\"", registers: []int{9, 12}, refused: attest.CheckPCR9},
+		{name: "second initrd", argv: extraInitrd, cause: "initrd: the image was started, refused to go on", registers: []int{4, 9}, refused: attest.CheckPCR4, returns: true},
+		{name: "SMBIOS strings", argv: add("-smbios", "type=11,value=io.systemd.stub.kernel-cmdline-extra=debug"), cause: "kernel command line: the host gave another one in SMBIOS strings \"debug\"", registers: []int{1, 9, 12}, refused: attest.CheckPCR9},
+		{name: "firmware", firmware: debian12OVMF, cause: "another firmware: it calls itself", registers: []int{1, 7}, refused: attest.CheckPCR7},
+		{name: "addon", boot: record.BootDisk, disk: addToESP("EFI/BOOT/BOOTX64.EFI.extra.d/more.addon.efi", addon), cause: "addon: program \"", registers: []int{4, 9, 12}, refused: attest.CheckPCR4},
+		{name: "credential", boot: record.BootDisk, disk: addToESP("EFI/BOOT/BOOTX64.EFI.extra.d/more.cred", func(*testing.T) []byte { return []byte("secret") }), cause: "credentials or extensions on the ESP", registers: []int{9, 12}, refused: attest.CheckPCR9},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
@@ -317,7 +357,11 @@ func (c change) run(t *testing.T) {
 		t.Errorf("the first cause is not %q", c.cause)
 	}
 	// The log is not made up: it replays to what the TPM has.
-	values := vm.pcrs(uint16(measure.SHA256))
+	document := vm.evidence(log, p.Manifest, p.CEL)
+	values := map[int][]byte{}
+	for _, pcr := range document.TPM.PCRs {
+		values[pcr.Index] = pcr.SHA256
+	}
 	parsed, err := measure.ParseLog("log", log)
 	if err != nil {
 		t.Fatal(err)
@@ -328,6 +372,9 @@ func (c change) run(t *testing.T) {
 		}
 	}
 	var differ []int
+	if !bytes.Equal(p.File.Shapes[0].PCR1, values[1]) {
+		differ = append(differ, 1)
+	}
 	for _, pcr := range p.File.Image.PCRs {
 		if !bytes.Equal(pcr.SHA256, values[pcr.Index]) {
 			differ = append(differ, pcr.Index)
@@ -340,6 +387,9 @@ func (c change) run(t *testing.T) {
 	}
 	if !slices.Equal(differ, c.registers) {
 		t.Errorf("registers %v differ from what a client wants, expected %v", differ, c.registers)
+	}
+	if v := judge(t, document, vm.root, "small", p.File); v.Failed != c.refused || !v.Refused() {
+		t.Errorf("a client's policy refuses it by %q, expected %q: %v", v.Failed, c.refused, v.Err())
 	}
 }
 
@@ -372,6 +422,11 @@ func TestPredictedManifest(t *testing.T) {
 	if got := d.TPM.PCRs[len(d.TPM.PCRs)-1]; got.Index != 15 || bytes.Equal(got.SHA256, p.Last) {
 		t.Errorf("PCR %d is %x with another manifest too", got.Index, got.SHA256)
 	}
+	measured := sha256.Sum256(p.Manifest)
+	v := judge(t, d, h.root(), "small", p.File, func(policy *attest.Policy) { policy.Manifests = []record.Hex{measured[:]} })
+	if v.Failed != attest.CheckManifest || !v.Refused() {
+		t.Errorf("a client's policy that lists the manifest refuses it by %q, expected %q: %v", v.Failed, attest.CheckManifest, v.Err())
+	}
 	x, text := h.explain(p, document, 1)
 	if len(x.Causes) != 1 || !strings.Contains(x.Causes[0].What, `parameters is {"context":1024}, expected {}`) {
 		t.Error(text)
@@ -381,9 +436,9 @@ func TestPredictedManifest(t *testing.T) {
 // debian12OVMF is the firmware of Debian 12, whose package is known by its hash.
 func debian12OVMF(t *testing.T) string {
 	t.Helper()
-	var mirrors []string
-	if mirror, err := image.HostMirror(t.Context()); err == nil {
-		mirrors = append(mirrors, mirror)
+	mirrors, err := image.HostMirrors(t.Context())
+	if err != nil {
+		t.Skipf("the package's mirrors are not known: %v", err)
 	}
 	paths, err := image.Fetch(t.Context(), &image.Tree{Name: "firmware", Packages: []image.Package{{
 		Name: "ovmf", Version: "2022.11-6+deb12u2", Arch: "all", Path: "pool/main/e/edk2/ovmf_2022.11-6+deb12u2_all.deb",

@@ -2,17 +2,30 @@ package vmtest
 
 import (
 	"bytes"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
 	"encoding/binary"
 	"encoding/json"
+	"encoding/pem"
 	"fmt"
 	"io"
 	"net"
 	"os"
 	"path/filepath"
+	"testing"
 
+	"github.com/canonical/go-tpm2"
+	"github.com/canonical/go-tpm2/mu"
 	"golang.org/x/sys/unix"
 
+	"chrysalis/attest"
+	"chrysalis/attest/evidence"
 	"chrysalis/image/toolsroot"
+	"chrysalis/launcher/softtpm"
+	"chrysalis/measure/cel"
+	"chrysalis/measure/record"
 )
 
 // What a VM measured is read out of its memory and out of its TPM, so that
@@ -45,53 +58,104 @@ func (vm *diskVM) memory(n int64) []byte {
 	return data
 }
 
-// pcrs ends QEMU and asks its TPM for PCRs 0 to 15 of a bank.
-func (vm *diskVM) pcrs(alg uint16) [16][]byte {
+// evidence ends QEMU and makes the evidence that a host could show of the VM,
+// whatever it has booted: signed by its TPM, over what is in it.
+func (vm *diskVM) evidence(log, manifest []byte, events []cel.Event) *evidence.Document {
 	vm.t.Helper()
-	// Killed, QEMU has no time to end the TPM as well.
-	if err := vm.qemu.Cancel(); err != nil {
-		vm.t.Fatal(err)
+	fatal := func(err error) {
+		if err != nil {
+			vm.t.Helper()
+			vm.t.Fatal("the VM's TPM: ", err)
+		}
 	}
+	// Killed, QEMU has no time to end the TPM as well.
+	fatal(vm.qemu.Cancel())
 	<-vm.ended
 	ctrl, err := net.Dial("unix", filepath.Join(vm.dir, "tpm.sock"))
-	if err != nil {
-		vm.t.Fatal(err)
-	}
+	fatal(err)
 	defer ctrl.Close()
 	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		vm.t.Fatal(err)
-	}
+	fatal(err)
 	const cmdSetDataFD = 0x10 // swtpm's tpm_ioctl.h
-	if _, _, err := ctrl.(*net.UnixConn).WriteMsgUnix(binary.BigEndian.AppendUint32(nil, cmdSetDataFD), unix.UnixRights(pair[0]), nil); err != nil {
-		vm.t.Fatal(err)
-	}
+	_, _, err = ctrl.(*net.UnixConn).WriteMsgUnix(binary.BigEndian.AppendUint32(nil, cmdSetDataFD), unix.UnixRights(pair[0]), nil)
+	fatal(err)
 	unix.Close(pair[0])
 	answer := make([]byte, 4)
 	if _, err := io.ReadFull(ctrl, answer); err != nil || !bytes.Equal(answer, make([]byte, 4)) {
 		vm.t.Fatalf("swtpm: %v %x", err, answer)
 	}
-	data := os.NewFile(uintptr(pair[1]), "tpm")
-	defer data.Close()
-	var pcrs [16][]byte
-	for i := range pcrs {
-		selection := [3]byte{}
-		selection[i/8] = 1 << (i % 8)
-		command := []byte{0x80, 0x01, 0, 0, 0, 20, 0, 0, 0x01, 0x7e, 0, 0, 0, 1, byte(alg >> 8), byte(alg), 3}
-		command = append(command, selection[:]...)
-		if _, err := data.Write(command); err != nil {
-			vm.t.Fatal(err)
-		}
-		reply := make([]byte, 4096)
-		n, err := data.Read(reply)
-		if err != nil || n < 30 || binary.BigEndian.Uint32(reply[6:]) != 0 {
-			vm.t.Fatalf("TPM2_PCR_Read: %v: %x", err, reply[:n])
-		}
-		// header 10, counter 4, selection 4+6, digest list 4, size 2
-		size := int(binary.BigEndian.Uint16(reply[28:]))
-		pcrs[i] = bytes.Clone(reply[30 : 30+size])
+	file := os.NewFile(uintptr(pair[1]), "tpm")
+	conn, err := net.FileConn(file)
+	fatal(err)
+	file.Close()
+	tpm, err := tpm2.OpenTPMDevice(softtpm.Device{Conn: conn})
+	fatal(err)
+	defer tpm.Close()
+
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	fatal(err)
+	spki, err := x509.MarshalPKIXPublicKey(key.Public())
+	fatal(err)
+	encoded, err := cel.Encode(cel.PCR15, events)
+	fatal(err)
+	d := &evidence.Document{
+		Version: evidence.Version, TLSKey: spki, ReceiptKey: make([]byte, 32), Manifest: manifest, CEL: encoded,
+		Nonces: []evidence.Bytes{bytes.Repeat([]byte{1}, evidence.NonceSize)},
 	}
-	return pcrs
+	ak, err := tpm.NewResourceContext(akHandle)
+	fatal(err)
+	public, _, _, err := tpm.ReadPublic(ak)
+	fatal(err)
+	index, err := tpm.NewResourceContext(certificateHandle)
+	fatal(err)
+	area, _, err := tpm.NVReadPublic(index)
+	fatal(err)
+	certificate, err := tpm.NVRead(tpm.OwnerHandleContext(), index, area.Size, 0, nil)
+	fatal(err)
+	d.TPM = &evidence.TPM{Log: log, Certificates: []evidence.Bytes{certificate}}
+	d.TPM.AK, err = mu.MarshalToBytes(public)
+	fatal(err)
+	selection := tpm2.PCRSelectionList{{Hash: tpm2.HashAlgorithmSHA256, Select: evidence.QuotedPCRs}}
+	_, values, err := tpm.PCRRead(selection)
+	fatal(err)
+	for _, i := range evidence.QuotedPCRs {
+		d.TPM.PCRs = append(d.TPM.PCRs, evidence.PCR{Index: i, SHA256: evidence.Bytes(values[tpm2.HashAlgorithmSHA256][i])})
+	}
+	data := d.QualifyingData()
+	attested, signature, err := tpm.Quote(ak, data[:], nil, selection, nil)
+	fatal(err)
+	d.TPM.Quote, err = mu.MarshalToBytes(attested)
+	fatal(err)
+	d.TPM.Signature, err = mu.MarshalToBytes(signature)
+	fatal(err)
+	return d
+}
+
+// Where a TPM has its attestation key and that key's certificate.
+const (
+	akHandle          = 0x81000003
+	certificateHandle = 0x01C101D0
+)
+
+// judge is what a client says of evidence that it asked for: one whose policy
+// trusts a root of TPMs, and names a shape.
+func judge(t *testing.T, d *evidence.Document, root *x509.Certificate, shape string, f *record.File, change ...func(*attest.Policy)) *attest.Verdict {
+	t.Helper()
+	document, err := d.Encode()
+	if err != nil {
+		t.Fatal(err)
+	}
+	policy := &attest.Policy{
+		Version: attest.PolicyVersion, AllowNotConfidential: true, Shapes: []string{shape},
+		DevelopmentRoots: []string{string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: root.Raw}))},
+	}
+	for _, c := range change {
+		c(policy)
+	}
+	if err := policy.Check(); err != nil {
+		t.Fatal(err)
+	}
+	return attest.Verify(t.Context(), document, attest.Input{Policy: policy, Records: []*record.File{f}, Nonce: d.Nonces[0], TLSKey: d.TLSKey})
 }
 
 // firmwareLog finds the firmware's event log in a VM's memory: the longest of

@@ -179,39 +179,53 @@ func (h *host) noProcesses() {
 	h.t.Errorf("processes are left behind:\n%s", strings.Join(left, "\n"))
 }
 
-var engineBinary struct {
-	sync.Once
-	err error
+// testEngine packs the misbehaving engine in a mode and returns its disk.
+func testEngine(t *testing.T, mode string) string {
+	t.Helper()
+	return packEngine(t, "engine", func(p *profile.Profile) {
+		p.Argv = []profile.Args{{Args: []string{"/engine", mode, "${socket}"}}}
+	})
 }
 
-// testEngineBinary builds the misbehaving engine and returns its path.
-func testEngineBinary(t *testing.T) string {
+var testPrograms sync.Mutex
+
+// testProgram builds a program of a folder below this one, once, and returns its
+// path.
+func testProgram(t *testing.T, name string) string {
 	t.Helper()
-	binary := filepath.Join(scratch, "engine")
-	engineBinary.Do(func() { engineBinary.err = goBuild(binary, "./ci/vmtest/engine") })
-	if engineBinary.err != nil {
-		t.Fatal(engineBinary.err)
+	testPrograms.Lock()
+	defer testPrograms.Unlock()
+	binary := filepath.Join(scratch, name)
+	if _, err := os.Stat(binary); err != nil {
+		if err := goBuild(binary, "./ci/vmtest/"+name); err != nil {
+			t.Fatal(err)
+		}
 	}
 	return binary
 }
 
-// testEngine packs the misbehaving engine in a mode and returns its disk.
-func testEngine(t *testing.T, mode string) string {
+// packEngine packs a program of this folder's as an engine disk, with a profile
+// that calls it with the socket only, and a change to that.
+func packEngine(t *testing.T, name string, change func(*profile.Profile)) string {
 	t.Helper()
-	data, err := os.ReadFile(testEngineBinary(t))
+	data, err := os.ReadFile(testProgram(t, name))
 	if err != nil {
 		t.Fatal(err)
 	}
-	p, err := json.Marshal(profile.Profile{
+	described := profile.Profile{
 		Version: 1, Name: "test", Health: "/health", ReadySeconds: 5,
-		Argv:        []profile.Args{{Args: []string{"/engine", mode, "${socket}"}}},
+		Argv:        []profile.Args{{Args: []string{"/engine", "${socket}"}}},
 		Environment: map[string]string{},
 		Parameters:  map[string]profile.Parameter{},
 		Formats:     []string{card.GGUF, card.Safetensors},
 		Cache:       profile.CacheNone,
 		Status:      profile.Tested,
 		Seccomp:     []string{},
-	})
+	}
+	if change != nil {
+		change(&described)
+	}
+	p, err := json.Marshal(described)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -222,7 +236,7 @@ func testEngine(t *testing.T, mode string) string {
 	for _, dir := range []string{"dev", "models", "proc", "run", "tmp"} {
 		tree[dir] = &fstest.MapFile{Mode: os.ModeDir | 0o755}
 	}
-	out := filepath.Join(t.TempDir(), mode+".disk")
+	out := filepath.Join(t.TempDir(), "engine.disk")
 	if _, err := disk.PackTree(t.Context(), tree, out, disk.Options{}); err != nil {
 		t.Fatal(err)
 	}

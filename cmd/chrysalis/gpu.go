@@ -12,7 +12,9 @@ import (
 	"strings"
 	"text/tabwriter"
 
+	"chrysalis/attest/evidence"
 	"chrysalis/attest/nvidia"
+	"chrysalis/attest/nvidia/fetch"
 	"chrysalis/launcher"
 	"chrysalis/launcher/gpu"
 	"chrysalis/terminal"
@@ -137,7 +139,7 @@ func carryOut(ctx context.Context, plan *gpu.Plan, dry bool, done string) error 
 
 // GPUCollateralCmd fetches collateral.
 type GPUCollateralCmd struct {
-	Evidence string   `arg:"" optional:"" type:"existingfile" help:"Evidence of GPUs, the field gpu of a VM's evidence: it says what to ask for."`
+	Evidence string   `arg:"" optional:"" type:"existingfile" help:"Evidence of a VM with GPUs, like evidence.json of 'verify --save', or its field gpu alone: it says what to ask for."`
 	RIM      []string `name:"rim" placeholder:"NAME" sep:"none" help:"Fetch this reference manifest, which a VM that ended says it lacks; repeat it for more."`
 	Out      string   `short:"o" placeholder:"FILE" help:"Where it goes; RIMs in a file that is there are kept (default: where 'chrysalis up' looks for it)."`
 }
@@ -149,11 +151,11 @@ func (c *GPUCollateralCmd) Run(ctx context.Context) error {
 	}
 	var e *nvidia.Evidence
 	if c.Evidence != "" {
-		data, err := readFile(c.Evidence, nvidia.MaxEvidenceSize)
+		data, err := readFile(c.Evidence, evidence.MaxSize)
 		if err != nil {
 			return err
 		}
-		if e, err = nvidia.ParseEvidence(data); err != nil {
+		if e, err = gpuEvidence(data); err != nil {
 			return fmt.Errorf("%s: %w", c.Evidence, err)
 		}
 	}
@@ -179,9 +181,9 @@ func (c *GPUCollateralCmd) Run(ctx context.Context) error {
 	var fetched *nvidia.Collateral
 	var err error
 	if e != nil {
-		fetched, err = gpu.NVIDIA().Collateral(ctx, e, have, tell)
+		fetched, err = fetch.NVIDIA().Collateral(ctx, e, have, tell)
 	} else {
-		fetched, err = gpu.NVIDIA().RIMs(ctx, c.RIM, have, tell)
+		fetched, err = fetch.NVIDIA().RIMs(ctx, c.RIM, have, tell)
 	}
 	if err != nil {
 		return err
@@ -195,4 +197,15 @@ func (c *GPUCollateralCmd) Run(ctx context.Context) error {
 		return err
 	}
 	return os.Rename(c.Out+".new", c.Out)
+}
+
+// gpuEvidence reads the GPUs' evidence, alone or within a VM's.
+func gpuEvidence(data []byte) (*nvidia.Evidence, error) {
+	if d, err := evidence.Parse(data); err == nil {
+		if d.GPU == nil {
+			return nil, errors.New("it is of a VM without GPUs")
+		}
+		data = d.GPU
+	}
+	return nvidia.ParseEvidence(data)
 }

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"strings"
 	"text/tabwriter"
 
 	"chrysalis"
@@ -48,7 +49,7 @@ type MeasureCmd struct {
 
 // Help is what 'chrysalis measure --help' says below the usage.
 func (*MeasureCmd) Help() string {
-	return "docs/measure.md says what is measured and how; docs/record.schema.json is the record's schema."
+	return "The shapes are " + strings.Join(launcher.ShapeNames(), ", ") + ".\n\ndocs/measure.md says what is measured and how; docs/record.schema.json is the record's schema."
 }
 
 // Run writes or prints a record.
@@ -95,6 +96,18 @@ func (c *MeasureCmd) Run(ctx context.Context) error {
 	return printPrediction(os.Stdout, result, c.Events)
 }
 
+// describeGPUs says how many GPUs a shape has, and with which memory regions.
+func describeGPUs(s *record.Shape) string {
+	if s.GPUs == 0 {
+		return ""
+	}
+	var sizes []uint64
+	for _, size := range s.GPUBARs {
+		sizes = append(sizes, uint64(size))
+	}
+	return fmt.Sprintf(", GPUs: %d × (%s)", s.GPUs, launcher.Sizes(sizes))
+}
+
 func printPrediction(out io.Writer, r *plan.Result, events bool) error {
 	w := tabwriter.NewWriter(terminal.NewWriter(out), 0, 8, 2, ' ', 0)
 	i := r.File.Image
@@ -120,11 +133,11 @@ func printPrediction(out io.Writer, r *plan.Result, events bool) error {
 		show(fmt.Sprintf("pcr%d", pcr.Index), "", pcr.SHA256.String())
 	}
 	for _, s := range r.File.Shapes {
-		fmt.Fprintf(w, "shape %s\t%d vCPUs, %d MiB, %d disks\n", s.Name, s.VCPUs, s.Memory>>20, s.Disks)
+		fmt.Fprintf(w, "shape %s\t%d vCPUs, %d MiB, %d disks%s\n", s.Name, s.VCPUs, s.Memory>>20, s.Disks, describeGPUs(&s))
 		if i.Platform == record.TDX {
 			show("rtmr0", s.Name, s.RTMR0.String())
-		} else if events {
-			show("pcr1", s.Name, "differs between machines; not part of the record")
+		} else {
+			show("pcr1", s.Name, s.PCR1.String())
 		}
 	}
 	for _, e := range r.File.Engines {

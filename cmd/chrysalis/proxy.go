@@ -21,7 +21,8 @@ import (
 // workerFlags say which VMs a proxy forwards to, and whom it trusts.
 type workerFlags struct {
 	trustFlags
-	Worker []string `placeholder:"URL|NAME" sep:"none" help:"A VM to forward to: https://HOST:PORT, or the name of a VM on this machine; repeat it for more (default: default)."`
+	Worker   []string      `placeholder:"URL|NAME" sep:"none" help:"A VM to forward to: https://HOST:PORT, or the name of a VM on this machine; repeat it for more (default: default)."`
+	Patience time.Duration `placeholder:"DURATION" help:"How long a worker may take to accept a request, to begin its answer, and between two pieces of it (default: what its manifest allows). Until the first piece another worker is asked then."`
 }
 
 // open returns a proxy that is not running yet, and what it trusts.
@@ -30,7 +31,7 @@ func (f *workerFlags) open(ctx context.Context, tokenFile string, loopback bool)
 	if err != nil {
 		return nil, nil, err
 	}
-	options := proxy.Options{Policy: t.policy, Records: t.records, Collateral: t.collateral, Loopback: loopback}
+	options := proxy.Options{Policy: t.policy, Records: t.records, Collateral: t.collateral, GPU: t.gpu, Loopback: loopback, Patience: max(0, f.Patience)}
 	options.Verified = (&verdictLog{w: os.Stderr, last: map[string]string{}}).note
 	if options.Token, err = readToken(tokenFile); err != nil {
 		return nil, nil, err

@@ -39,8 +39,14 @@ type registryCommands struct {
 	NewKey        RegistryNewKeyCmd    `cmd:"" help:"Make a key for a wallet or an auditor."`
 }
 
-// write does an operation, or shows what it would do.
+// write does operations on a registry, or shows what they would do.
 func (f *walletFlags) write(ctx context.Context, ton *tonFlags, address string, operations ...registry.Operation) error {
+	return f.send(ctx, ton, address, "", operations...)
+}
+
+// send does operations, or shows what they would do. hint is the command that tells
+// what became of a message; "" is the one of registries.
+func (f *walletFlags) send(ctx context.Context, ton *tonFlags, address, hint string, operations ...registry.Operation) error {
 	show := newSteps()
 	defer show.done()
 	p, err := f.publisher(ton, address, show)
@@ -57,7 +63,10 @@ func (f *walletFlags) write(ctx context.Context, ton *tonFlags, address string, 
 		}
 		show.done()
 		if errors.Is(err, registry.ErrUnknown) {
-			return &exitError{exitUnknown, fmt.Errorf("%w\nfind out with: chrysalis registry list %s --network %s", err, plan.To, ton.Network)}
+			if hint == "" {
+				hint = fmt.Sprintf("chrysalis registry list %s", plan.To)
+			}
+			return &exitError{exitUnknown, fmt.Errorf("%w\nfind out with: %s --network %s", err, hint, ton.Network)}
 		}
 		if err != nil {
 			return err
@@ -253,14 +262,11 @@ type RegistryTopUpCmd struct {
 
 // Run pays it.
 func (c *RegistryTopUpCmd) Run(ctx context.Context) error {
-	amount, ok := new(big.Rat).SetString(c.Amount)
-	if ok {
-		amount.Mul(amount, big.NewRat(1e9, 1))
+	amount, err := parseTON(c.Amount)
+	if err != nil {
+		return err
 	}
-	if !ok || !amount.IsInt() || amount.Sign() <= 0 || !amount.Num().IsInt64() {
-		return fmt.Errorf("%q is no amount in TON", c.Amount)
-	}
-	return c.write(ctx, &c.tonFlags, c.Registry, registry.TopUp(amount.Num().Uint64()))
+	return c.write(ctx, &c.tonFlags, c.Registry, registry.TopUp(amount))
 }
 
 // readFlags are those of commands that only read.

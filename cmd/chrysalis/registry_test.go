@@ -14,6 +14,7 @@ import (
 
 	"github.com/alecthomas/kong"
 
+	"chrysalis/attest/attesttest"
 	"chrysalis/devnet"
 	"chrysalis/measure/record"
 	"chrysalis/registry"
@@ -217,5 +218,45 @@ func TestTONDocument(t *testing.T) {
 		if !bytes.Contains(text, []byte(name+"  "+known.KeyBlock.String()+"\n")) {
 			t.Errorf("it does not name %s of the %s", known.KeyBlock, name)
 		}
+	}
+}
+
+// TestRegistryGPUs verifies a VM with GPUs by what a registry says: the records are
+// of image, shape, engine and model, and NVIDIA answers for the rest.
+func TestRegistryGPUs(t *testing.T) {
+	dir := t.TempDir()
+	t.Setenv("XDG_STATE_HOME", dir)
+	t.Setenv("XDG_CACHE_HOME", dir)
+	t.Setenv("CHRYSALIS_TON_NETWORK", "devnet")
+	chain, _ := serveDevnet(t, dir)
+	key := filepath.Join(dir, "publisher.key")
+	address := fundedKey(t, chain, key)
+	t.Setenv("CHRYSALIS_TON_KEY", key)
+	vm := attesttest.NewVM(record.TDX)
+	vm.AddGPUs(2)
+	f := files(t, vm)
+	for _, args := range [][]string{{"registry", "init"}, {"registry", "publish", f.Record[0]}} {
+		if out, err := runCommand(t, args...); err != nil {
+			t.Fatalf("%v: %v\n%s", args, err, out)
+		}
+	}
+	worker := attesttest.Serve(vm)
+	defer worker.Close()
+	f.Record, f.Registry = nil, []string{address}
+	f.TON.Network = "devnet"
+	trusted, err := f.load(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	transport := trusted.transport()
+	transport.Collateral = vm.Intel.Collateral()
+	session, err := transport.Attest(t.Context(), worker.URL)
+	if err != nil || len(session.Verdict.GPUs) != 2 {
+		t.Fatalf("%v", err)
+	}
+	vm.GPUs[1] = vm.Vendor.NewGPU()
+	vm.Carried = vm.Vendor.Collateral(vm.GPUs...)
+	if session, err = transport.Attest(t.Context(), worker.URL); session == nil || session.Verdict.Failed != "gpu-identity" {
+		t.Errorf("%v", err)
 	}
 }

@@ -8,6 +8,8 @@ import (
 	"path/filepath"
 
 	"chrysalis/attest"
+	"chrysalis/attest/nvidia"
+	"chrysalis/attest/nvidia/fetch"
 	"chrysalis/launcher"
 	"chrysalis/measure/record"
 	"chrysalis/registry"
@@ -18,6 +20,7 @@ type trustFlags struct {
 	Record               []string `placeholder:"FILE" sep:"none" help:"A measurement record of what may answer, as 'chrysalis measure' makes it; repeat it for more."`
 	Policy               string   `placeholder:"FILE" help:"A policy (default: the strictest)."`
 	Registry             []string `placeholder:"ADDRESS" sep:"," help:"A publisher's registry on TON, whose records may answer too; repeat it for more."`
+	GPUCollateral        string   `name:"gpu-collateral" placeholder:"FILE" help:"What NVIDIA signs about the GPUs of a VM, as 'chrysalis gpu collateral' makes it; without one, or where it is not enough, it comes from the VM or from NVIDIA."`
 	AllowNotConfidential bool     `help:"Accept a VM whose owner can read it: the evidence of a software TPM, this machine's included. For development."`
 
 	Auditor    []registry.Key `placeholder:"KEY" sep:"none" help:"An auditor whose signature over a registry's records counts; repeat it for more."`
@@ -30,6 +33,7 @@ type trust struct {
 	policy     *attest.Policy
 	records    []*record.File
 	collateral attest.Source
+	gpu        *attest.GPUCollateral
 	published  *published // what registries say, or nil
 }
 
@@ -85,12 +89,28 @@ func (f *trustFlags) load(ctx context.Context) (*trust, error) {
 		return nil, err
 	}
 	t.collateral = &attest.Cache{Dir: filepath.Join(cache, "chrysalis", "collateral"), From: &attest.PCS{}}
+	t.gpu = &attest.GPUCollateral{Dir: filepath.Join(cache, "chrysalis", "gpu-collateral")}
+	if len(t.policy.GPURIMRoots) == 0 { // NVIDIA has nothing that leads to other roots
+		t.gpu.Fetch = fetch.NVIDIA()
+	}
+	if f.GPUCollateral != "" {
+		data, err := readFile(f.GPUCollateral, nvidia.MaxCollateralSize)
+		if err != nil {
+			return nil, err
+		}
+		if t.gpu.Bundle, err = nvidia.ParseCollateral(data); err == nil {
+			err = t.gpu.Check(t.policy)
+		}
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", f.GPUCollateral, err)
+		}
+	}
 	return t, nil
 }
 
 // transport returns a verifying client.
 func (t *trust) transport() *attest.Transport {
-	return &attest.Transport{Policy: t.policy, Records: t.records, Collateral: t.collateral}
+	return &attest.Transport{Policy: t.policy, Records: t.records, Collateral: t.collateral, GPU: t.gpu}
 }
 
 // readFile reads a file of at most limit bytes.

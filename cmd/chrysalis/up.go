@@ -36,6 +36,7 @@ type UpCmd struct {
 	GPU           []string         `name:"gpu" placeholder:"PCI-ADDRESS" sep:"none" help:"A GPU to pass through, like 0000:b8:00.0; repeat it for more."`
 	GPUs          int              `name:"gpus" placeholder:"N" help:"Pass through as many of the GPUs that 'gpu prepare' made ready, in a shape that has them."`
 	GPUCollateral string           `name:"gpu-collateral" placeholder:"FILE" help:"What NVIDIA signs about the GPUs (default: what 'gpu collateral' has kept)."`
+	DiskRate      int64            `hidden:"" placeholder:"BYTES" help:"Read all disks together at no more than this a second."`
 	Listen        string           `placeholder:"HOST:PORT" help:"Where clients connect; port 0 picks a free one (default: 127.0.0.1:8443, or where the replaced VM listens)."`
 	Accel         string           `enum:"auto,tdx,kvm,tcg" default:"auto" help:"Accelerator: auto takes TDX, or else KVM where it really works, or else TCG (default: ${default})."`
 	Firmware      string           `placeholder:"FILE" help:"The TDX firmware that belongs to the image; needed on TDX only."`
@@ -62,25 +63,42 @@ func (*UpCmd) Help() string {
 	return "The shapes are " + strings.Join(launcher.ShapeNames(), ", ") + "."
 }
 
-// pickGPUs does what --gpus asks for.
+// pickGPUs does what --gpus asks for, and checks that the shape is for these GPUs.
 func (c *UpCmd) pickGPUs() (err error) {
-	if c.GPUs == 0 {
+	if c.GPUs == 0 && len(c.GPU) == 0 {
 		return nil
 	}
-	if len(c.GPU) > 0 {
+	if c.GPUs != 0 && len(c.GPU) > 0 {
 		return errors.New("--gpu names GPUs and --gpus counts them; give one of both")
 	}
 	all, err := hostGPUs().List()
 	if err != nil {
 		return err
 	}
-	if c.GPU, err = gpu.Pick(all, c.GPUs); err != nil {
-		return err
+	if c.GPUs > 0 {
+		if c.GPU, err = gpu.Pick(all, c.GPUs); err != nil {
+			return err
+		}
 	}
-	if c.Shape == "small" { // the default
-		c.Shape, err = launcher.ShapeForGPUs(c.GPUs)
+	for _, g := range all {
+		if !slices.Contains(c.GPU, g.Address) {
+			continue
+		}
+		bars := slices.DeleteFunc(slices.Clone(g.BARs), func(size uint64) bool { return size == 0 })
+		if c.Shape == "small" { // the default
+			if c.Shape, err = launcher.ShapeForGPUs(len(c.GPU), bars); err != nil {
+				return err
+			}
+		}
+		shape, err := launcher.LookupShape(c.Shape)
+		if err != nil {
+			return err
+		}
+		if err := shape.CheckGPU(g.Address, bars); err != nil {
+			return err
+		}
 	}
-	return err
+	return nil
 }
 
 // Run starts the VM and waits until it is ready.
@@ -104,7 +122,7 @@ func (c *UpCmd) Run(ctx context.Context) error {
 	return c.run(ctx, predict, func() (*launcher.Instance, error) {
 		return c.boot(ctx, launcher.Options{
 			Name: c.Name, Image: c.Image, Firmware: c.Firmware, Engine: c.Engine, Models: models,
-			Manifest: c.Manifest, Parameters: c.Parameter, Tokens: tokens, Shape: c.Shape, GPUs: c.GPU, GPUCollateral: c.GPUCollateral,
+			Manifest: c.Manifest, Parameters: c.Parameter, Tokens: tokens, Shape: c.Shape, GPUs: c.GPU, DiskRate: c.DiskRate, GPUCollateral: c.GPUCollateral,
 			Accel: launcher.Accel(c.Accel), Listen: c.Listen, Replace: c.Replace,
 			Timeout: c.Timeout, Drain: c.Drain, Tools: tools,
 		})

@@ -28,7 +28,7 @@ func vmRecords() *record.File {
 	return &record.File{
 		Version: record.Version, Image: i,
 		Shapes: []record.Shape{{Version: record.Version, Kind: record.KindShape, Name: "small", Platform: i.Platform, Image: key[:],
-			VCPUs: 2, Memory: 2 << 30, PhysBits: 46, Disks: 3}},
+			PCR1: filled(32, 1), VCPUs: 2, Memory: 2 << 30, PhysBits: 46, Disks: 3}},
 		Engines: []record.Engine{{Version: record.Version, Kind: record.KindEngine, Name: "llama.cpp", RootHash: filled(32, 9), Profile: filled(32, 10)}},
 		Models:  []record.Model{{Version: record.Version, Kind: record.KindModel, Name: "acme/model", Revision: "1", RootHash: filled(32, 11)}},
 	}

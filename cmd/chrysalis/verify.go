@@ -69,6 +69,9 @@ func (c *VerifyCmd) check(ctx context.Context) (*attest.Session, error) {
 		if c.Save != "" {
 			return nil, errors.New("--save needs an endpoint")
 		}
+		if c.GPUCollateral != "" {
+			return nil, errors.New("--gpu-collateral needs an endpoint: --offline uses what was saved")
+		}
 		t, err := c.load(ctx)
 		if err != nil {
 			return nil, err
@@ -116,12 +119,16 @@ func printVerdict(w io.Writer, s *attest.Session) error {
 }
 
 func printChecksOf(b *strings.Builder, v *attest.Verdict) {
+	width := 13
+	for _, c := range v.Checks {
+		width = max(width, len(c.Name))
+	}
 	for _, c := range v.Checks {
 		title := c.Title
 		if c.Subject != "" {
 			title += ": " + c.Subject
 		}
-		fmt.Fprintf(b, "%s %-13s %s", c.Status.Mark(), c.Name, title)
+		fmt.Fprintf(b, "%s %-*s %s", c.Status.Mark(), width, c.Name, title)
 		switch {
 		case c.Status == attest.NotRun:
 			b.WriteString(" (not run)")
@@ -139,6 +146,24 @@ func printChecksOf(b *strings.Builder, v *attest.Verdict) {
 	}
 }
 
+// machine is what a VM that was verified runs on.
+func machine(v *attest.Verdict) string {
+	if len(v.GPUs) == 0 {
+		return ""
+	}
+	count := map[string]int{}
+	var names []string
+	for _, g := range v.GPUs {
+		if count[g.String()]++; count[g.String()] == 1 {
+			names = append(names, g.String())
+		}
+	}
+	for i, name := range names {
+		names[i] = fmt.Sprintf("%d × %s", count[name], name)
+	}
+	return " with " + strings.Join(names, " and ")
+}
+
 // conclusion is one sentence about a verdict.
 func conclusion(s *attest.Session) string {
 	v := s.Verdict
@@ -148,9 +173,9 @@ func conclusion(s *attest.Session) string {
 	}
 	switch first := v.First(); {
 	case v.OK && v.Confidential:
-		return fmt.Sprintf("%s is %s on TDX, running %s with %s; its owner cannot read what you send.", who, v.Image, v.Engine, strings.Join(v.Models, ", "))
+		return fmt.Sprintf("%s is %s on TDX%s, running %s with %s; its owner cannot read what you send.", who, v.Image, machine(v), v.Engine, strings.Join(v.Models, ", "))
 	case v.OK:
-		return fmt.Sprintf("%s is %s, running %s with %s. NOT CONFIDENTIAL: nothing here keeps the machine's owner from reading what you send.", who, v.Image, v.Engine, strings.Join(v.Models, ", "))
+		return fmt.Sprintf("%s is %s%s, running %s with %s. NOT CONFIDENTIAL: nothing here keeps the machine's owner from reading what you send.", who, v.Image, machine(v), v.Engine, strings.Join(v.Models, ", "))
 	case first != nil && first.Status == attest.Unchecked:
 		return fmt.Sprintf("%s could not be checked (%s); nothing was sent to it.", who, first.Name)
 	case first != nil:

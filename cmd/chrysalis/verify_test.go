@@ -2,6 +2,8 @@ package main
 
 import (
 	"encoding/json"
+	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"strings"
@@ -9,6 +11,8 @@ import (
 
 	"chrysalis/attest"
 	"chrysalis/attest/attesttest"
+	"chrysalis/attest/evidence"
+	"chrysalis/attest/nvidia/nvidiatest"
 	"chrysalis/measure/record"
 )
 
@@ -46,6 +50,29 @@ func TestVerify(t *testing.T) {
 		{"good", nil, 0, []string{"✔ pcr4", "✔ model         the model is approved: test/model@1", "NOT CONFIDENTIAL"}},
 		{"refused", func(vm *attesttest.VM, _ *trustFlags) { vm.Firmware[1].Data = []byte("x"); vm.Measure() }, 1,
 			[]string{"✘ pcr4", "expected  ", "found     ", "✔ pcr15", "is refused: pcr4 does not hold; nothing was sent"}},
+		{"GPUs", func(vm *attesttest.VM, f *trustFlags) { vm.AddGPUs(2); *f = files(t, vm) }, 0,
+			[]string{"✔ gpu              the VM has the GPUs that the manifest asks for (2)", "✔ gpu-measurements firmware and driver measure as NVIDIA says (8 compared, of each)",
+				"✔ gpu-identity", "✔ pcr4             the image", "with 2 × " + nvidiatest.Model + ", driver " + nvidiatest.Driver, "NOT CONFIDENTIAL"}},
+		{"GPUs with a file of collateral", func(vm *attesttest.VM, f *trustFlags) {
+			vm.AddGPUs(1)
+			*f = files(t, vm)
+			f.GPUCollateral = filepath.Join(t.TempDir(), "gpu.json")
+			data, err := vm.Carried.Encode()
+			if err == nil {
+				err = os.WriteFile(f.GPUCollateral, data, 0o600)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			vm.Carried = nil
+		}, 0, []string{"✔ gpu-driver-rim"}},
+		{"GPUs without collateral", func(vm *attesttest.VM, f *trustFlags) { vm.AddGPUs(1); *f = files(t, vm); vm.Carried = nil }, 2,
+			[]string{"✔ gpu-signature", "? gpu-revocation", "chrysalis gpu collateral", "carries no GPU collateral", "· gpu-driver-rim", "could not be checked (gpu-revocation)"}},
+		{"a GPU that differs", func(vm *attesttest.VM, f *trustFlags) {
+			vm.AddGPUs(1)
+			*f = files(t, vm)
+			vm.GPUs[0].Measurements[7] = make([]byte, 48)
+		}, 1, []string{"✔ gpu-driver-rim", "✘ gpu-measurements", "index 7", "is refused: gpu-measurements does not hold; nothing was sent"}},
 		{"the strictest policy", func(_ *attesttest.VM, f *trustFlags) { f.Policy = "" }, 1,
 			[]string{"✘ platform", "allow_not_confidential", "· quote", "(not run)"}},
 	} {
@@ -81,12 +108,19 @@ func TestVerify(t *testing.T) {
 			}
 		})
 	}
+	bad := filepath.Join(t.TempDir(), "bad.json")
+	if err := os.WriteFile(bad, []byte(`{"ocsp":[],"rims":["AA"],"version":1}`), 0o600); err != nil {
+		t.Fatal(err)
+	}
 	for name, c := range map[string]*VerifyCmd{
-		"nobody there":          {Endpoint: "https://127.0.0.1:1"},
-		"no endpoint":           {},
-		"both":                  {Endpoint: "https://127.0.0.1:1", Offline: "x"},
-		"nothing saved":         {Offline: t.TempDir()},
-		"a policy that is none": {Endpoint: "https://127.0.0.1:1", trustFlags: trustFlags{Policy: "verify_test.go"}},
+		"GPU collateral that is none":         {Endpoint: "https://127.0.0.1:1", trustFlags: trustFlags{GPUCollateral: "verify_test.go"}},
+		"GPU collateral that is not NVIDIA's": {Endpoint: "https://127.0.0.1:1", trustFlags: trustFlags{GPUCollateral: bad}},
+		"GPU collateral for what was saved":   {Offline: t.TempDir(), trustFlags: trustFlags{GPUCollateral: bad}},
+		"nobody there":                        {Endpoint: "https://127.0.0.1:1"},
+		"no endpoint":                         {},
+		"both":                                {Endpoint: "https://127.0.0.1:1", Offline: "x"},
+		"nothing saved":                       {Offline: t.TempDir()},
+		"a policy that is none":               {Endpoint: "https://127.0.0.1:1", trustFlags: trustFlags{Policy: "verify_test.go"}},
 	} {
 		if err := c.Run(t.Context()); exitCode(err) != exitNotChecked {
 			t.Errorf("%s: %v", name, err)
@@ -95,6 +129,80 @@ func TestVerify(t *testing.T) {
 	unchecked := &attest.Verdict{Checks: []attest.Check{{Name: attest.CheckTCB, Status: attest.Unchecked}}}
 	if exitCode(verdictError(unchecked)) != exitNotChecked {
 		t.Error("what could not be checked is not told from what is refused")
+	}
+}
+
+// The proxy judges GPUs by the file that it is given.
+func TestProxyGPUs(t *testing.T) {
+	t.Setenv("XDG_CACHE_HOME", t.TempDir())
+	vm := attesttest.NewVM(record.TPM)
+	vm.AddGPUs(1)
+	f := workerFlags{trustFlags: files(t, vm)}
+	data, err := vm.Carried.Encode()
+	if err != nil {
+		t.Fatal(err)
+	}
+	vm.Carried = nil
+	f.GPUCollateral = filepath.Join(t.TempDir(), "gpu.json")
+	if err := os.WriteFile(f.GPUCollateral, data, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	s := attesttest.Serve(vm)
+	defer s.Close()
+	f.Worker = []string{s.URL}
+	p, _, err := f.open(t.Context(), "", false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	out := httptest.NewRecorder()
+	p.ServeHTTP(out, httptest.NewRequest(http.MethodGet, "/v1/models", nil))
+	if out.Code != http.StatusOK {
+		t.Errorf("%d %s", out.Code, out.Body)
+	}
+}
+
+// What 'gpu collateral' reads: a VM's evidence, or the GPUs' alone.
+func TestGPUEvidence(t *testing.T) {
+	vm := attesttest.NewVM(record.TPM)
+	without := vm.Evidence(make([]byte, evidence.NonceSize))
+	vm.AddGPUs(2)
+	whole := vm.Document(make([]byte, evidence.NonceSize))
+	encoded, err := whole.Encode()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, data := range map[string][]byte{"a VM's": encoded, "alone": whole.GPU} {
+		if e, err := gpuEvidence(data); err != nil || len(e.GPUs) != 2 {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	for name, data := range map[string][]byte{"without GPUs": without, "none": []byte("{}")} {
+		if _, err := gpuEvidence(data); err == nil {
+			t.Errorf("%s: accepted", name)
+		}
+	}
+}
+
+// The verdict as one JSON document, which scripts read.
+func TestVerifyGPUsJSON(t *testing.T) {
+	t.Setenv("XDG_CACHE_HOME", t.TempDir())
+	vm := attesttest.NewVM(record.TPM)
+	vm.AddGPUs(1)
+	s := attesttest.Serve(vm)
+	defer s.Close()
+	c := VerifyCmd{trustFlags: files(t, vm), Endpoint: s.URL}
+	session, err := c.check(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	data, err := json.Marshal(session.Verdict)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{`"gpus":[{"model":"` + nvidiatest.Model + `","chip":"GH100","driver":"` + nvidiatest.Driver + `"`, `"name":"gpu-nonce"`} {
+		if !strings.Contains(string(data), want) {
+			t.Errorf("%s is not in %s", want, data)
+		}
 	}
 }
 

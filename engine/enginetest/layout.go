@@ -119,6 +119,13 @@ func (im *Image) AddJSON(t testing.TB, v any, kind string) map[string]any {
 	return im.add(b, kind)
 }
 
+// Seal adds configuration and manifest, and returns the manifest's digest.
+func (im *Image) Seal(t testing.TB) string {
+	t.Helper()
+	im.Manifest["config"] = im.AddJSON(t, im.Config, "application/vnd.oci.image.config.v1+json")
+	return im.AddJSON(t, im.Manifest, "application/vnd.oci.image.manifest.v1+json")["digest"].(string)
+}
+
 // Write writes the layout into a new folder and returns how the image is named:
 // oci:DIR@sha256:…
 func (im *Image) Write(t testing.TB) string {

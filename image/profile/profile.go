@@ -17,6 +17,7 @@ import (
 	"strings"
 	"time"
 
+	"chrysalis/canonical"
 	"chrysalis/manifest"
 	"chrysalis/models/card"
 )
@@ -115,6 +116,9 @@ func Parse(data []byte) (*Profile, error) {
 	}
 	if _, err := dec.Token(); err != io.EOF {
 		return nil, errors.New("engine profile: data after its end")
+	}
+	if err := canonical.CheckKeys(data, nil); err != nil {
+		return nil, fmt.Errorf("engine profile: %w", err)
 	}
 	if p.Version != 1 {
 		return nil, fmt.Errorf("engine profile: version is %d, this program reads version 1", p.Version)

@@ -183,6 +183,7 @@ func TestParseRefuses(t *testing.T) {
 		{"a brace behind it", good + "}", "data after its end"},
 		{"larger than 64 KiB", good + strings.Repeat(" ", MaxSize), "at most 65536"},
 		{"unknown field", swap(`"version"`, `"shell": "sh", "version"`), `"shell"`},
+		{"a field twice", swap(`"version"`, `"version": 2, "version"`), `"version" is there twice`},
 		{"unknown field of a group", swap(`"if"`, `"unless"`), `"unless"`},
 		{"unknown field of a parameter", swap(`"default"`, `"text"`), `"text"`},
 		{"version 2", swap(`"version": 1`, `"version": 2`), "version is 2"},

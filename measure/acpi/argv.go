@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"regexp"
+	"slices"
 	"strings"
 )
 
@@ -27,11 +28,22 @@ const (
 // no difference to the tables and needs no accelerator, host device or file; any
 // other is an error, so that none is left out unseen. docs/measure.md says for
 // each why it makes no difference.
-func Argv(argv []string) ([]string, error) {
+//
+// gpu has the sizes of the memory regions of what is passed through.
+func Argv(argv []string, gpu []uint64) ([]string, error) {
+	out, _, err := translate(argv, gpu)
+	return out, err
+}
+
+// translate is Argv. It also returns the slots of the ports that have a stand-in
+// for a GPU behind them.
+func translate(argv []string, gpu []uint64) (out []string, gpus []int, err error) {
+	fail := func(err error) ([]string, []int, error) { return nil, nil, err }
 	if len(argv) == 0 {
-		return nil, errors.New("an empty command line")
+		return fail(errors.New("an empty command line"))
 	}
-	out := []string{argv[0]}
+	out = []string{argv[0]}
+	ports := map[string]int{}
 	tdx := false
 	for i := 1; i < len(argv); i++ {
 		if strings.Contains(argv[i], "confidential-guest-support=") {
@@ -47,12 +59,11 @@ func Argv(argv []string) ([]string, error) {
 			continue
 		}
 		if i == len(argv) {
-			return nil, fmt.Errorf("option %s has no value", option)
+			return fail(fmt.Errorf("option %s has no value", option))
 		}
 		value := argv[i]
 		i++
 		keep := true
-		var err error
 		switch option {
 		case "-display", "-sandbox", "-smp", "-m", "-smbios", "-tpmdev":
 		case "-append", "-initrd", "-fw_cfg": // no table depends on them
@@ -78,18 +89,27 @@ func Argv(argv []string) ([]string, error) {
 		case "-blockdev":
 			value, err = blockdev(value)
 		case "-device":
-			value, err = device(value)
+			if strings.HasPrefix(value, "pcie-root-port,") {
+				err = port(value, ports)
+			} else if strings.HasPrefix(value, "vfio-pci,") {
+				var slot int
+				if value, slot, err = standIn(value, gpu, ports); err == nil {
+					gpus = append(gpus, slot)
+				}
+			} else {
+				value, err = device(value)
+			}
 		default:
 			err = errors.New("it is not known whether the tables depend on it")
 		}
 		if err != nil {
-			return nil, fmt.Errorf("option %s %s: %w", option, value, err)
+			return fail(fmt.Errorf("option %s %s: %w", option, value, err))
 		}
 		if keep {
 			out = append(out, option, value)
 		}
 	}
-	return append(out, "-qtest", "unix:"+qtestPath, "-qtest-log", "none"), nil
+	return append(out, "-qtest", "unix:"+qtestPath, "-qtest-log", "none"), gpus, nil
 }
 
 // machine takes away what only KVM knows. A TD has no PIC, which QEMU decides
@@ -160,7 +180,7 @@ func blockdev(value string) (string, error) {
 func device(value string) (string, error) {
 	kind, rest, _ := strings.Cut(value, ",")
 	switch kind {
-	case "virtio-blk-pci", "virtio-net-pci", "virtio-rng-pci", "virtio-scsi-pci", "virtio-serial-pci", "pcie-root-port", "tpm-crb", "pci-testdev":
+	case "virtio-blk-pci", "virtio-net-pci", "virtio-rng-pci", "virtio-scsi-pci", "virtio-serial-pci", "tpm-crb", "pci-testdev":
 		return value, nil
 	case "vhost-vsock-pci", "vhost-user-vsock-pci":
 		out := "virtio-rng-pci"
@@ -174,8 +194,69 @@ func device(value string) (string, error) {
 			}
 		}
 		return out, nil
-	case "vfio-pci":
-		return value, errors.New("the tables depend on the sizes of a GPU's BARs and on where the firmware puts them, which is not predicted")
 	}
 	return value, errors.New("it is not known whether the tables depend on it")
+}
+
+// port notes the slot of a root port. Options that change how much room the
+// firmware keeps behind it, or whether it does, are refused.
+func port(value string, ports map[string]int) error {
+	options, err := split(value, "id", "bus", "chassis", "addr")
+	if err != nil {
+		return err
+	}
+	var slot int
+	if _, err := fmt.Sscanf(options["addr"], "0x%x", &slot); err != nil || slot < 1 || slot > 30 || options["bus"] != "pcie.0" {
+		return errors.New("expected bus=pcie.0 and an address from 0x1 to 0x1e")
+	}
+	if _, ok := ports[options["id"]]; ok || options["id"] == "" {
+		return errors.New("expected an id of its own")
+	}
+	ports[options["id"]] = slot
+	return nil
+}
+
+// standIn replaces a device that is passed through. The DSDT has a node for each
+// slot behind a port, with nothing of the device in it: neither vfio-pci nor
+// pci-testdev implements ACPI_DEV_AML_IF, and both can be unplugged (QEMU,
+// hw/acpi/pcihp.c, build_append_pci_bus_devices; hw/vfio/pci.c,
+// vfio_pci_class_init; hw/misc/pci-testdev.c). What is left is where the port's
+// window is. vfio-pci hides a GPU's SR-IOV capability, whose regions the firmware
+// would place, too (vfio_add_ext_cap).
+func standIn(value string, gpu []uint64, ports map[string]int) (string, int, error) {
+	if len(gpu) == 0 {
+		return value, 0, errors.New("the tables depend on the sizes of the device's memory regions, which are not given")
+	}
+	for i, size := range gpu {
+		if size < 1<<12 || size > 1<<46 || size&(size-1) != 0 {
+			return value, 0, fmt.Errorf("memory region %d of the device has %d bytes, expected a power of two from 4 KiB on", i, size)
+		}
+	}
+	options, err := split(value, "id", "host", "bus", "iommufd", "rombar")
+	if err != nil {
+		return value, 0, err
+	}
+	if options["rombar"] != "0" {
+		return value, 0, errors.New("expected rombar=0: where the firmware puts the regions of a device with a ROM is not known")
+	}
+	slot, ok := ports[options["bus"]]
+	if !ok {
+		return value, 0, errors.New("expected it behind a root port that comes before it")
+	}
+	delete(ports, options["bus"]) // one device behind each
+	return fmt.Sprintf("pci-testdev,id=%s,bus=%s,membar=%d", options["id"], options["bus"], slices.Max(gpu)), slot, nil
+}
+
+// split takes a device's options apart, of which it knows only those named.
+func split(value string, names ...string) (map[string]string, error) {
+	options := map[string]string{}
+	_, rest, _ := strings.Cut(value, ",")
+	for _, p := range strings.Split(rest, ",") {
+		name, v, _ := strings.Cut(p, "=")
+		if _, twice := options[name]; twice || !slices.Contains(names, name) {
+			return nil, fmt.Errorf("it is not known whether the tables depend on %s", p)
+		}
+		options[name] = v
+	}
+	return options, nil
 }

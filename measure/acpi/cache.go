@@ -23,18 +23,18 @@ type Cache struct {
 }
 
 // cacheFormat changes whenever what is read or how it is kept does.
-const cacheFormat = "1"
+const cacheFormat = "2"
 
 // maxCached is the largest entry, in bytes when unpacked.
 const maxCached = 8 << 20
 
 // Read returns the tables of the machine with this command line, as Read does.
-func (c Cache) Read(ctx context.Context, start Start, argv []string, bits int) (*measure.Tables, error) {
-	command, err := Argv(argv)
+func (c Cache) Read(ctx context.Context, start Start, argv []string, m Machine) (*measure.Tables, error) {
+	command, _, err := translate(argv, m.GPU)
 	if err != nil {
 		return nil, fmt.Errorf("read the machine's tables: %w", err)
 	}
-	key, err := json.Marshal([]any{cacheFormat, c.QEMU, bits, command})
+	key, err := json.Marshal([]any{cacheFormat, c.QEMU, m, command})
 	if err != nil {
 		return nil, err
 	}
@@ -44,7 +44,7 @@ func (c Cache) Read(ctx context.Context, start Start, argv []string, bits int) (
 			return t, nil
 		}
 	}
-	t, err := Read(ctx, start, argv, bits)
+	t, err := Read(ctx, start, argv, m)
 	if err != nil {
 		return nil, err
 	}

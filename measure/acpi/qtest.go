@@ -27,21 +27,29 @@ type Start func(ctx context.Context, argv []string, folder string) (stop func() 
 // limit is how long QEMU may take for everything.
 const limit = 30 * time.Second
 
-// Read returns the tables of the machine with this command line. bits are the
-// guest's physical address bits: they decide where the firmware puts large BARs.
-func Read(ctx context.Context, start Start, argv []string, bits int) (*measure.Tables, error) {
-	command, err := Argv(argv)
+// Machine is what a command line does not say of a machine. It decides where the
+// firmware puts devices' memory regions, and with it the tables.
+type Machine struct {
+	Bits int // the guest's physical address bits
+	// GPU has the sizes of the memory regions of each device that is passed through,
+	// in bytes, in the order of its registers. All are of 64 bits and prefetchable.
+	GPU []uint64
+}
+
+// Read returns the tables of the machine with this command line.
+func Read(ctx context.Context, start Start, argv []string, m Machine) (*measure.Tables, error) {
+	command, gpus, err := translate(argv, m.GPU)
 	if err != nil {
 		return nil, fmt.Errorf("read the machine's tables: %w", err)
 	}
-	t, err := read(ctx, start, command, bits)
+	t, err := read(ctx, start, command, m, gpus)
 	if err != nil {
 		return nil, fmt.Errorf("read the machine's tables from QEMU: %w", err)
 	}
 	return t, nil
 }
 
-func read(ctx context.Context, start Start, argv []string, bits int) (*measure.Tables, error) {
+func read(ctx context.Context, start Start, argv []string, m Machine, gpus []int) (*measure.Tables, error) {
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	folder, err := os.MkdirTemp("", "chrysalis-qtest-")
@@ -91,7 +99,7 @@ func read(ctx context.Context, start Start, argv []string, bits int) (*measure.T
 		return nil, err
 	}
 	q := &qtest{conn: conn, in: bufio.NewReaderSize(conn, 1<<16)}
-	tables, err := q.tables(bits)
+	tables, err := q.tables(m, gpus)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %s", err, strings.TrimSpace(end()))
 	}
@@ -144,35 +152,18 @@ func (q *qtest) do(format string, args ...any) string {
 	}
 }
 
-// configure writes a PCI configuration register of bus 0.
-func (q *qtest) configure(slot, register int, value uint32) {
-	q.do("outl 0xcf8 %#x", 0x80000000|slot<<11|register)
-	q.do("outl 0xcfc %#x", value)
-}
-
-func (q *qtest) config(slot, register int) (v uint32) {
-	q.do("outl 0xcf8 %#x", 0x80000000|slot<<11|register)
-	answer := q.do("inl 0xcfc")
-	if q.err == nil {
-		if _, err := fmt.Sscanf(answer, "0x%x", &v); err != nil {
-			q.err = fmt.Errorf("qtest: inl: %.80q", answer)
-		}
-	}
-	return v
-}
-
 // Where things are that the firmware sets (edk2, OvmfPkg/Include/IndustryStandard/Q35MchIch9.h).
 const (
-	slotBridge = 0
-	slotISA    = 31
+	bridge function = 0
+	isa    function = 31 << 11
 )
 
 // tables sets what OVMF sets before it fetches the tables, and fetches them.
-func (q *qtest) tables(bits int) (*measure.Tables, error) {
-	q.configure(slotBridge, 0x64, 0)
-	q.configure(slotBridge, 0x60, 0xe0000001) // PCIEXBAR: configuration space at 0xe0000000
-	q.configure(slotISA, 0x40, 0x601)         // PMBASE
-	q.configure(slotISA, 0x44, 0x80)          // ACPI_CNTL: ACPI on
+func (q *qtest) tables(m Machine, gpus []int) (*measure.Tables, error) {
+	q.configure(bridge, 0x64, 0)
+	q.configure(bridge, 0x60, 0xe0000001) // PCIEXBAR: configuration space at 0xe0000000
+	q.configure(isa, 0x40, 0x601)         // PMBASE
+	q.configure(isa, 0x44, 0x80)          // ACPI_CNTL: ACPI on
 	items, err := q.directory()
 	if err != nil {
 		return nil, err
@@ -181,7 +172,7 @@ func (q *qtest) tables(bits int) (*measure.Tables, error) {
 	if err != nil {
 		return nil, err
 	}
-	q.assign(window(bits, reserved))
+	q.assign(window(m.Bits, reserved), gpus, m.GPU)
 	if q.err != nil {
 		return nil, q.err
 	}
@@ -208,76 +199,6 @@ func (q *qtest) tables(bits int) (*measure.Tables, error) {
 		return nil, errors.New("it made no ACPI tables")
 	}
 	return t, nil
-}
-
-// A bar is a 64-bit, prefetchable region of a device.
-type bar struct {
-	slot, register int
-	size           uint64
-}
-
-// assign gives the 64-bit BARs addresses as OVMF does: the largest first, from
-// the beginning of its 64-bit window. The DSDT's window is made from where they
-// begin and end.
-func (q *qtest) assign(at uint64) {
-	var bars []bar
-	for slot := 1; slot < slotISA && q.err == nil; slot++ {
-		if id := q.config(slot, 0); id == 0xffffffff || id == 0 {
-			continue
-		}
-		if header := q.config(slot, 0x0c) >> 16 & 0x7f; header != 0 {
-			q.err = errors.Join(q.err, fmt.Errorf("slot %d has a bridge: where the firmware puts what is behind it is not predicted", slot))
-			return
-		}
-		for register := 0x10; register < 0x28; register += 4 {
-			low := q.config(slot, register)
-			if low&1 != 0 || low&6 != 4 { // a port, or not of 64 bits
-				continue
-			}
-			q.configure(slot, register, 0xffffffff)
-			q.configure(slot, register+4, 0xffffffff)
-			size := ^(uint64(q.config(slot, register+4))<<32 | uint64(q.config(slot, register)&^15)) + 1
-			if low&8 != 0 && size != 0 {
-				bars = append(bars, bar{slot, register, size})
-			}
-			register += 4
-		}
-	}
-	slices.SortStableFunc(bars, func(a, b bar) int {
-		switch {
-		case a.size > b.size:
-			return -1
-		case a.size < b.size:
-			return 1
-		}
-		return 0
-	})
-	for _, b := range bars {
-		at = (at + b.size - 1) &^ (b.size - 1)
-		q.configure(b.slot, b.register, uint32(at))
-		q.configure(b.slot, b.register+4, uint32(at>>32))
-		at += b.size
-		q.configure(b.slot, 4, 2) // memory decoding
-	}
-}
-
-// window is where OVMF's 64-bit window begins: the last eighth of the address
-// space, of which it uses 46 bits at most, and below what QEMU's memory map has
-// reserved in it, as it does for an AMD processor (edk2,
-// OvmfPkg/Library/PlatformInitLib/MemDetect.c, PlatformAddressWidthFromCpuid,
-// PlatformDynamicMmioWindow, PlatformReservationConflictCB). e820 has entries of
-// 20 bytes: start, length, type.
-func window(bits int, e820 []byte) uint64 {
-	bits = min(bits, 46)
-	size := uint64(1) << (bits - 3)
-	base := 1<<bits - size
-	for ; len(e820) >= 20; e820 = e820[20:] {
-		start, length := binary.LittleEndian.Uint64(e820), binary.LittleEndian.Uint64(e820[8:])
-		if kind := binary.LittleEndian.Uint32(e820[16:]); kind == 2 && start < base+size && base < start+length {
-			base = (start - size) &^ (size - 1)
-		}
-	}
-	return base
 }
 
 type item struct {

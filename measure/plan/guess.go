@@ -8,6 +8,7 @@ import (
 	"chrysalis/image/toolsroot"
 	"chrysalis/launcher"
 	"chrysalis/measure"
+	"chrysalis/measure/acpi"
 	"chrysalis/measure/record"
 )
 
@@ -29,15 +30,17 @@ func Guesses(ctx context.Context, tools *toolsroot.Root, f *record.File) func(re
 			firmware = nil // then only the ACPI tables are known
 		}
 		try := func(what string, change func(*launcher.Shape, *launcher.Artefacts), extra ...string) bool {
-			shape := launcher.Shape{Name: s.Name, VCPUs: s.VCPUs, Memory: uint64(s.Memory), PhysBits: s.PhysBits, TDXBits: s.PhysBits}
+			shape := launcher.Shape{Name: s.Name, VCPUs: s.VCPUs, Memory: uint64(s.Memory), PhysBits: s.PhysBits, TDXBits: s.PhysBits, GPUs: s.GPUs}
+			shape.GPUBARs = bars(s)
 			a := Artefacts(f.Image.Platform, f.Image.Boot, s.Disks-2, shape)
 			if change != nil {
 				change(&shape, &a)
 			}
+			setGPUs(&a, shape.GPUs)
 			if a.Check(shape) != nil {
 				return true
 			}
-			tables, err := launcher.TablesOf(ctx, tools, append(launcher.Command(shape, a), extra...), s.PhysBits)
+			tables, err := launcher.TablesOf(ctx, tools, append(launcher.Command(shape, a), extra...), acpi.Machine{Bits: s.PhysBits, GPU: shape.GPUBARs})
 			if err != nil {
 				return ctx.Err() == nil
 			}
@@ -50,9 +53,6 @@ func Guesses(ctx context.Context, tools *toolsroot.Root, f *record.File) func(re
 			}
 			return yield(measure.Guess{What: what, Events: events})
 		}
-		if s.GPUs > 0 {
-			return
-		}
 		for _, n := range guessVCPUs {
 			if n != s.VCPUs && !try(fmt.Sprintf("%d vCPUs, the record has %d", n, s.VCPUs), func(shape *launcher.Shape, _ *launcher.Artefacts) { shape.VCPUs = n }) {
 				return
@@ -61,6 +61,14 @@ func Guesses(ctx context.Context, tools *toolsroot.Root, f *record.File) func(re
 		for _, mib := range guessMiB {
 			if bytes := mib << 20; bytes != s.Memory && !try(fmt.Sprintf("%d MiB of memory, the record has %d MiB", mib, s.Memory>>20),
 				func(shape *launcher.Shape, _ *launcher.Artefacts) { shape.Memory = uint64(bytes) }) {
+				return
+			}
+		}
+		for _, other := range launcher.OtherGPUs(s.GPUs, bars(s)) {
+			if !try(fmt.Sprintf("%s, the record has %s", gpus(other.GPUs, other.GPUBARs), gpus(s.GPUs, bars(s))),
+				func(shape *launcher.Shape, _ *launcher.Artefacts) {
+					shape.GPUs, shape.GPUBARs = other.GPUs, other.GPUBARs
+				}) {
 				return
 			}
 		}
@@ -75,4 +83,19 @@ func Guesses(ctx context.Context, tools *toolsroot.Root, f *record.File) func(re
 			}
 		}
 	}
+}
+
+func bars(s record.Shape) (sizes []uint64) {
+	for _, size := range s.GPUBARs {
+		sizes = append(sizes, uint64(size))
+	}
+	return sizes
+}
+
+// gpus says how many, and which, by the size of the largest memory region.
+func gpus(n int, sizes []uint64) string {
+	if n == 0 {
+		return "no GPUs"
+	}
+	return fmt.Sprintf("%d GPUs with %d GiB of memory regions", n, slices.Max(sizes)>>30)
 }

@@ -296,13 +296,11 @@ func (o Options) machines(ctx context.Context, models int) ([]measure.Machine, e
 		list[i].Shape = Shape(shape, o.Platform, 2+models)
 		group.Go(func() {
 			tables, err := launcher.Tables(ctx, o.Tools, shape, a)
-			if err != nil && shape.GPUs == 0 {
+			if err != nil {
 				errs[i] = fmt.Errorf("shape %s: %w", name, err)
 				return
 			}
-			if list[i].Tables = tables; err != nil {
-				list[i].Why = err.Error()
-			}
+			list[i].Tables = tables
 		})
 	}
 	group.Wait()
@@ -315,7 +313,11 @@ func Shape(s launcher.Shape, p record.Platform, disks int) record.Shape {
 	if p == record.TDX {
 		bits = s.TDXBits
 	}
-	return record.Shape{Name: s.Name, VCPUs: s.VCPUs, Memory: int64(s.Memory), PhysBits: bits, GPUs: s.GPUs, Disks: disks}
+	out := record.Shape{Name: s.Name, VCPUs: s.VCPUs, Memory: int64(s.Memory), PhysBits: bits, GPUs: s.GPUs, Disks: disks}
+	for _, size := range s.GPUBARs {
+		out.GPUBARs = append(out.GPUBARs, int64(size))
+	}
+	return out
 }
 
 // Artefacts are those of a VM whose tables are wanted. What they are taken for
@@ -324,16 +326,23 @@ func Artefacts(p record.Platform, boot record.Boot, models int, s launcher.Shape
 	a := launcher.Artefacts{Platform: launcher.PlatformTCG, Transport: launcher.TransportUser, Firmware: "/firmware", Disks: 2 + models, GuestCID: 3}
 	if p == record.TDX {
 		a.Platform, a.Transport = launcher.PlatformTDX, launcher.TransportKernel
-	} else if s.GPUs > 0 {
-		a.Platform = launcher.PlatformKVM
 	}
 	if boot == record.BootDisk {
 		a.Disks, a.FromDisk = 1, true
 	}
-	for i := range s.GPUs {
+	setGPUs(&a, s.GPUs)
+	return a
+}
+
+// setGPUs gives a VM GPUs, wherever they sit. Emulation has none.
+func setGPUs(a *launcher.Artefacts, n int) {
+	a.GPUs = nil
+	for i := range n {
 		a.GPUs = append(a.GPUs, fmt.Sprintf("0000:%02x:00.0", i+1))
 	}
-	return a
+	if n > 0 && a.Platform == launcher.PlatformTCG {
+		a.Platform = launcher.PlatformKVM
+	}
 }
 
 // disks reads the engine disk and the model disks, and makes the manifest.

@@ -101,20 +101,25 @@ type PCR struct {
 // ImagePCRs are the PCRs that identify an image on a TPM.
 var ImagePCRs = []int{4, 7, 9, 11}
 
-// Shape is what an image measures of the machine that it runs on: RTMR0 on TDX.
-// A TPM has no register that is the machine's alone, so its shapes carry none.
+// Shape is what an image measures of the machine that it runs on: RTMR0 on TDX,
+// PCR 1 on a TPM.
 type Shape struct {
 	Version  int      `json:"version"`
 	Kind     Kind     `json:"kind"`
 	Name     string   `json:"name"`
 	Platform Platform `json:"platform"`
-	Image    Hex      `json:"image"` // the image record's key
-	RTMR0    Hex      `json:"rtmr0,omitempty"`
+	Image    Hex      `json:"image"`           // the image record's key
+	RTMR0    Hex      `json:"rtmr0,omitempty"` // on TDX: 48 bytes
+	PCR1     Hex      `json:"pcr1,omitempty"`  // on a TPM: 32 bytes, of the SHA-256 bank
 	VCPUs    int      `json:"vcpus"`
 	Memory   int64    `json:"memory"`    // bytes
 	PhysBits int      `json:"phys_bits"` // guest physical address bits
 	GPUs     int      `json:"gpus"`
-	Disks    int      `json:"disks"` // manifest, engine and models
+	// GPUBARs are the sizes of each GPU's memory regions, in bytes, in the order of
+	// its registers; absent without GPUs. They decide what is measured, and are no
+	// measurement.
+	GPUBARs []int64 `json:"gpu_bars,omitempty"`
+	Disks   int     `json:"disks"` // manifest, engine and models
 }
 
 // Engine is an engine disk.
@@ -183,9 +188,9 @@ func (i *Image) Key() [32]byte {
 	return key(KindImage, parts...)
 }
 
-// Key is SHA-256("chrysalis/shape/1" ‖ image key ‖ RTMR0). On a TPM, where
-// nothing tells shapes apart, RTMR0 is empty.
-func (s *Shape) Key() [32]byte { return key(KindShape, s.Image, s.RTMR0) }
+// Key is SHA-256("chrysalis/shape/1" ‖ image key ‖ RTMR0), with PCR 1 in its place
+// on a TPM.
+func (s *Shape) Key() [32]byte { return key(KindShape, s.Image, s.RTMR0, s.PCR1) }
 
 // Key is SHA-256("chrysalis/engine/1" ‖ root hash ‖ profile hash).
 func (e *Engine) Key() [32]byte { return key(KindEngine, e.RootHash, e.Profile) }
@@ -265,16 +270,25 @@ func (s *Shape) Validate() error {
 	if err := header(s.Version, s.Kind, KindShape, s.Name); err != nil {
 		return err
 	}
-	registers := 0
+	rtmr0, pcr1 := 0, 0
 	switch s.Platform {
 	case TDX:
-		registers = 48
+		rtmr0 = 48
 	case TPM:
+		pcr1 = 32
 	default:
 		return fmt.Errorf("platform is %.20q, expected %q or %q", s.Platform, TDX, TPM)
 	}
+	if (s.GPUs > 0) != (len(s.GPUBARs) > 0) || len(s.GPUBARs) > 3 {
+		return fmt.Errorf("gpu_bars: %d memory regions of %d GPUs, expected 1 to 3 where there are GPUs", len(s.GPUBARs), s.GPUs)
+	}
+	for i, n := range s.GPUBARs {
+		if n < 1<<12 || n > 1<<46 || n&(n-1) != 0 {
+			return fmt.Errorf("gpu_bars[%d]: %d bytes, expected a power of two from 4 KiB to 64 TiB", i, n)
+		}
+	}
 	return errors.Join(
-		size("image", s.Image, 32), size("rtmr0", s.RTMR0, registers),
+		size("image", s.Image, 32), size("rtmr0", s.RTMR0, rtmr0), size("pcr1", s.PCR1, pcr1),
 		inRange("vcpus", int64(s.VCPUs), 1, 4096), inRange("memory", s.Memory, 1<<20, 1<<50),
 		inRange("phys_bits", int64(s.PhysBits), 32, 57), inRange("gpus", int64(s.GPUs), 0, 16),
 		inRange("disks", int64(s.Disks), 3, 18))
@@ -469,7 +483,7 @@ func (f *File) validateEvents() error {
 		err = errors.Join(err, check(fmt.Sprintf("pcr%d", pcr.Index), "", pcr.SHA256))
 	}
 	for _, s := range f.Shapes {
-		err = errors.Join(err, check("rtmr0", s.Name, s.RTMR0))
+		err = errors.Join(err, check("rtmr0", s.Name, s.RTMR0), check("pcr1", s.Name, s.PCR1))
 	}
 	return err
 }

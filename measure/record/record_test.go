@@ -38,6 +38,8 @@ func shapeOf(i Image) Shape {
 	}
 	if i.Platform == TDX {
 		s.RTMR0 = filled(48, 7)
+	} else {
+		s.PCR1 = filled(32, 7)
 	}
 	return s
 }
@@ -54,9 +56,11 @@ func tdxFile() File {
 // Each record reads back as it was written.
 func TestRoundTrip(t *testing.T) {
 	tdx, tpm := tdxImage(), tpmImage()
-	shape := shapeOf(tdx)
+	shape, tpmShape := shapeOf(tdx), shapeOf(tpm)
+	gpus := shapeOf(tdx)
+	gpus.GPUs, gpus.GPUBARs = 8, []int64{16 << 20, 256 << 30, 32 << 20}
 	for _, r := range []Record{
-		&tdx, &tpm, &shape,
+		&tdx, &tpm, &shape, &tpmShape, &gpus,
 		&Engine{1, KindEngine, "llama.cpp", filled(32, 1), filled(32, 2)},
 		&Model{1, KindModel, "chrysalis/demo", "1", filled(32, 3)},
 	} {
@@ -96,6 +100,8 @@ func TestKeys(t *testing.T) {
 	check("TPM image", tpm.Key(), sum([]byte("chrysalis/image/1\x02"), tpm.PCRs[0].SHA256, tpm.PCRs[1].SHA256, tpm.PCRs[2].SHA256, tpm.PCRs[3].SHA256))
 	shape := shapeOf(tdx)
 	check("shape", shape.Key(), sum([]byte("chrysalis/shape/1"), shape.Image, shape.RTMR0))
+	shape = shapeOf(tpm)
+	check("TPM shape", shape.Key(), sum([]byte("chrysalis/shape/1"), shape.Image, shape.PCR1))
 	engine := Engine{RootHash: filled(32, 1), Profile: filled(32, 2)}
 	check("engine", engine.Key(), sum([]byte("chrysalis/engine/1"), engine.RootHash, engine.Profile))
 	model := Model{RootHash: filled(32, 1), Name: "a/b"}
@@ -119,24 +125,33 @@ func TestValidate(t *testing.T) {
 			*f = File{Version: 1, Image: tpmImage(), Shapes: []Shape{}, Engines: []Engine{}, Models: []Model{}}
 			f.Image.PCRs[0].Index = 5
 		}, "expected [4 7 9 11]"},
-		"a commit":               {func(f *File) { f.Image.Commit = "HEAD" }, "commit"},
-		"QEMU":                   {func(f *File) { f.Image.QEMU = "new" }, "qemu"},
-		"shapes missing":         {func(f *File) { f.Shapes = nil }, "write [] for none"},
-		"a shape of another":     {func(f *File) { f.Shapes[0].Image = filled(32, 0) }, "shapes[0]: of another image"},
-		"a shape without RTMR0":  {func(f *File) { f.Shapes[0].RTMR0 = nil }, "rtmr0: 0 bytes"},
-		"a shape twice":          {func(f *File) { f.Shapes = append(f.Shapes, f.Shapes[0]) }, "is there twice"},
-		"too much memory":        {func(f *File) { f.Shapes[0].Memory = 1 << 60 }, "memory"},
-		"no vCPUs":               {func(f *File) { f.Shapes[0].VCPUs = 0 }, "vcpus"},
-		"an engine's hash":       {func(f *File) { f.Engines[0].Profile = nil }, "engines[0]: profile"},
-		"a model's name":         {func(f *File) { f.Models[0].Name = "demo" }, "models[0]: name"},
-		"a model's revision":     {func(f *File) { f.Models[0].Revision = "a b" }, "models[0]: name"},
-		"events of no register":  {func(f *File) { f.Events = []Event{{Register: "rtmr9", Name: "x", Digest: filled(48, 0)}} }, "not a register"},
-		"events of a TPM":        {func(f *File) { f.Events = []Event{{Register: "pcr4", Name: "x", Digest: filled(48, 0)}} }, "has no pcr4"},
-		"events of no shape":     {func(f *File) { f.Events = []Event{{Register: "rtmr0", Shape: "x", Name: "x", Digest: filled(48, 0)}} }, "no shape"},
-		"an event without":       {func(f *File) { f.Events = []Event{{Register: "rtmr1", Name: "x"}} }, "either a digest or why"},
-		"an event with both":     {func(f *File) { f.Events = []Event{{Register: "rtmr1", Name: "x", Missing: "y", Digest: filled(48, 0)}} }, "either a digest or why"},
-		"an event's short":       {func(f *File) { f.Events = []Event{{Register: "rtmr1", Name: "x", Digest: filled(32, 0)}} }, "32 bytes, expected 48"},
-		"events of other values": {func(f *File) { f.Events = []Event{{Register: "rtmr1", Name: "x", Digest: filled(48, 0)}} }, "rtmr1 make another value"},
+		"a commit":              {func(f *File) { f.Image.Commit = "HEAD" }, "commit"},
+		"QEMU":                  {func(f *File) { f.Image.QEMU = "new" }, "qemu"},
+		"shapes missing":        {func(f *File) { f.Shapes = nil }, "write [] for none"},
+		"a shape of another":    {func(f *File) { f.Shapes[0].Image = filled(32, 0) }, "shapes[0]: of another image"},
+		"a shape without RTMR0": {func(f *File) { f.Shapes[0].RTMR0 = nil }, "rtmr0: 0 bytes"},
+		"a TPM's shape without PCR 1": {func(f *File) {
+			*f = File{Version: 1, Image: tpmImage(), Shapes: []Shape{shapeOf(tpmImage())}, Engines: []Engine{}, Models: []Model{}}
+			f.Shapes[0].PCR1 = nil
+		}, "pcr1: 0 bytes"},
+		"a TD's shape with PCR 1": {func(f *File) { f.Shapes[0].PCR1 = filled(32, 0) }, "pcr1: 32 bytes, expected 0"},
+		"GPUs without their size": {func(f *File) { f.Shapes[0].GPUs = 1 }, "gpu_bars: 0 memory regions of 1 GPUs"},
+		"the size of no GPUs":     {func(f *File) { f.Shapes[0].GPUBARs = []int64{4096} }, "gpu_bars: 1 memory regions of 0 GPUs"},
+		"a region of odd size":    {func(f *File) { f.Shapes[0].GPUs, f.Shapes[0].GPUBARs = 1, []int64{5000} }, "gpu_bars[0]: 5000 bytes"},
+		"a region below zero":     {func(f *File) { f.Shapes[0].GPUs, f.Shapes[0].GPUBARs = 1, []int64{-1 << 63} }, "gpu_bars[0]"},
+		"a shape twice":           {func(f *File) { f.Shapes = append(f.Shapes, f.Shapes[0]) }, "is there twice"},
+		"too much memory":         {func(f *File) { f.Shapes[0].Memory = 1 << 60 }, "memory"},
+		"no vCPUs":                {func(f *File) { f.Shapes[0].VCPUs = 0 }, "vcpus"},
+		"an engine's hash":        {func(f *File) { f.Engines[0].Profile = nil }, "engines[0]: profile"},
+		"a model's name":          {func(f *File) { f.Models[0].Name = "demo" }, "models[0]: name"},
+		"a model's revision":      {func(f *File) { f.Models[0].Revision = "a b" }, "models[0]: name"},
+		"events of no register":   {func(f *File) { f.Events = []Event{{Register: "rtmr9", Name: "x", Digest: filled(48, 0)}} }, "not a register"},
+		"events of a TPM":         {func(f *File) { f.Events = []Event{{Register: "pcr4", Name: "x", Digest: filled(48, 0)}} }, "has no pcr4"},
+		"events of no shape":      {func(f *File) { f.Events = []Event{{Register: "rtmr0", Shape: "x", Name: "x", Digest: filled(48, 0)}} }, "no shape"},
+		"an event without":        {func(f *File) { f.Events = []Event{{Register: "rtmr1", Name: "x"}} }, "either a digest or why"},
+		"an event with both":      {func(f *File) { f.Events = []Event{{Register: "rtmr1", Name: "x", Missing: "y", Digest: filled(48, 0)}} }, "either a digest or why"},
+		"an event's short":        {func(f *File) { f.Events = []Event{{Register: "rtmr1", Name: "x", Digest: filled(32, 0)}} }, "32 bytes, expected 48"},
+		"events of other values":  {func(f *File) { f.Events = []Event{{Register: "rtmr1", Name: "x", Digest: filled(48, 0)}} }, "rtmr1 make another value"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			f := tdxFile()

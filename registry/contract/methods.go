@@ -124,6 +124,15 @@ func (r *reader) integer(bits int) *big.Int {
 
 func (r *reader) uint(bits int) uint64 { return r.integer(bits).Uint64() }
 
+// signed32 is a result that may be less than 0.
+func signed32(value any) (int32, error) {
+	v, ok := value.(*big.Int)
+	if !ok || v == nil || !v.IsInt64() || v.Int64() != int64(int32(v.Int64())) {
+		return 0, errors.New("the method returned no number where one belongs")
+	}
+	return int32(v.Int64()), nil
+}
+
 func (r *reader) hash() (h [32]byte) {
 	r.integer(256).FillBytes(h[:])
 	return h

@@ -7,6 +7,7 @@ import (
 	"encoding/base64"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"math/big"
 	"os"
 	"os/exec"
@@ -18,6 +19,7 @@ import (
 	"github.com/xssnick/tonutils-go/tlb"
 	"github.com/xssnick/tonutils-go/tvm/cell"
 
+	"chrysalis/channel/voucher"
 	"chrysalis/devnet"
 	"chrysalis/registry/ledger"
 )
@@ -67,8 +69,9 @@ type referenceRun struct {
 	LT      uint64 `json:"lt"`
 
 	name string
-	mine ledger.Transaction
+	mine string // the transaction's hash; "" where the message was not accepted
 	gas  int
+	exit int32 // why it was not
 }
 
 func compare(t *testing.T, config *cell.Cell) {
@@ -90,6 +93,13 @@ func compare(t *testing.T, config *cell.Cell) {
 		t.Fatal(err)
 	}
 	listing := ListingAddress()
+	terms := channelTerms()
+	terms.GlobalID = network.GlobalID
+	channel := ChannelAddress(terms)
+	pay := func(total uint64) voucher.Voucher {
+		return voucher.Sign(payerKey, network.GlobalID, voucher.Channel(channel.Data()), total)
+	}
+	last := pay(500_000_000)
 	l, err := ledger.New(config)
 	if err != nil {
 		t.Fatal(err)
@@ -124,24 +134,61 @@ func compare(t *testing.T, config *cell.Cell) {
 		{"put offer", listing, stranger, plenty, offer, ListingStateInit()},
 		{"remove another's offer", listing, owner, plenty, RemoveOffer(7, [32]byte(stranger.Data())), nil},
 		{"remove offer", listing, stranger, plenty, RemoveOffer(7, [32]byte(stranger.Data())), nil},
+		{"open by a stranger", channel, stranger, deposit, OpenChannel(7), ChannelStateInit(terms)},
+		{"open", channel, payer, deposit, OpenChannel(7), ChannelStateInit(terms)},
+		{"top-up", channel, stranger, deposit, TopUp(), nil},
+		{"claim by a stranger", channel, stranger, plenty, Claim(7, pay(100_000_000)), nil},
+		{"claim by the payee", channel, payee, plenty, Claim(7, pay(200_000_000)), nil},
+		{"claim again", channel, stranger, plenty, Claim(7, pay(200_000_000)), nil},
+		{"claim too much", channel, stranger, plenty, Claim(7, pay(1<<60)), nil},
+		{"external claim", channel, nil, 0, ExternalClaim(pay(300_000_000)), nil},
+		{"external claim again", channel, nil, 0, ExternalClaim(pay(300_000_000)), nil},
+		{"external claim of too little", channel, nil, 0, ExternalClaim(pay(300_000_001)), nil},
+		{"external claim of too much", channel, nil, 0, ExternalClaim(pay(1 << 60)), nil},
+		{"external noise", channel, nil, 0, message(channel, nil, begin(1, 7).EndCell()), nil},
+		{"begin to close", channel, payer, plenty, BeginClose(7), nil},
+		{"finish early", channel, payer, plenty, FinishClose(7), nil},
+		{"close by the payee", channel, payee, plenty, CloseChannel(7, &last), nil},
+		{"open anew", channel, payer, deposit, OpenChannel(7), ChannelStateInit(terms)},
+		{"begin to close anew", channel, payer, plenty, BeginClose(7), nil},
+		{"a while", w.registry, stranger, plenty, nil, nil},
+		{"a while", w.registry, stranger, plenty, nil, nil},
+		{"a while", w.registry, stranger, plenty, nil, nil},
+		{"a while", w.registry, stranger, plenty, nil, nil},
+		{"finish", channel, payer, plenty, FinishClose(7), nil},
 	} {
 		body := step.body
 		if body == nil {
 			body = cell.BeginCell().EndCell()
 		}
-		message, err := tlb.ToCell(&tlb.InternalMessage{
-			IHRDisabled: true, Bounce: true, SrcAddr: step.from, DstAddr: step.to, CreatedLT: lt - 10, CreatedAt: now,
-			Amount: tlb.FromNanoTON(big.NewInt(step.value)), StateInit: step.init, Body: body,
-		})
-		if err != nil {
-			t.Fatal(err)
+		message := body // of a step from nobody, an external message
+		if step.from != nil {
+			var err error
+			if message, err = tlb.ToCell(&tlb.InternalMessage{
+				IHRDisabled: true, Bounce: true, SrcAddr: step.from, DstAddr: step.to, CreatedLT: lt - 10, CreatedAt: now,
+				Amount: tlb.FromNanoTON(big.NewInt(step.value)), StateInit: step.init, Body: body,
+			}); err != nil {
+				t.Fatal(err)
+			}
 		}
 		before := cell.BeginCell().MustStoreRef(cell.BeginCell().MustStoreBoolBit(false).EndCell()).
 			MustStoreSlice(make([]byte, 32), 256).MustStoreUInt(0, 64).EndCell()
 		if a := l.Accounts[[32]byte(step.to.Data())]; a != nil {
 			before = a.ShardAccountCell()
 		}
-		txs, changed, err := l.Run(message, now, lt)
+		run := referenceRun{
+			Config: base64Config, Account: base64.StdEncoding.EncodeToString(before.ToBOC()),
+			Message: base64.StdEncoding.EncodeToString(message.ToBOC()), Now: now, LT: lt, name: step.name,
+		}
+		lt += 1_000_000
+		now += 1000
+		txs, changed, err := l.Run(message, run.Now, run.LT)
+		var refused *ledger.NotAccepted
+		if errors.As(err, &refused) {
+			run.exit = refused.Exit
+			runs = append(runs, run)
+			continue
+		}
 		if err != nil {
 			t.Fatalf("%s: %v", step.name, err)
 		}
@@ -152,16 +199,11 @@ func compare(t *testing.T, config *cell.Cell) {
 		if err := tlb.Parse(&tx, txs[0].Cell); err != nil {
 			t.Fatal(err)
 		}
-		gas := 0
 		if phase, ok := tx.Description.(tlb.TransactionDescriptionOrdinary).ComputePhase.Phase.(tlb.ComputePhaseVM); ok {
-			gas = int(phase.Details.GasUsed.Int64())
+			run.gas = int(phase.Details.GasUsed.Int64())
 		}
-		runs = append(runs, referenceRun{
-			base64Config, base64.StdEncoding.EncodeToString(before.ToBOC()), base64.StdEncoding.EncodeToString(message.ToBOC()),
-			now, lt, step.name, txs[0], gas,
-		})
-		lt += 1_000_000
-		now += 1000
+		run.mine = hex.EncodeToString(txs[0].Cell.Hash())
+		runs = append(runs, run)
 	}
 
 	install := exec.Command("../../ci/ton/install")
@@ -196,8 +238,11 @@ func compare(t *testing.T, config *cell.Cell) {
 			t.Errorf("%s: %s", run.name, r.Error)
 			continue
 		}
-		if got := hex.EncodeToString(run.mine.Cell.Hash()); got != r.Transaction || run.gas != r.Gas {
-			t.Errorf("%s: transaction %s and %d gas, the reference has %s and %d", run.name, got, run.gas, r.Transaction, r.Gas)
+		if run.mine != r.Transaction || run.gas != r.Gas {
+			t.Errorf("%s: transaction %s and %d gas, the reference has %s and %d", run.name, run.mine, run.gas, r.Transaction, r.Gas)
+		}
+		if run.mine == "" && (run.exit != r.Exit || r.Exit == 0) {
+			t.Errorf("%s: not accepted with exit code %d, the reference has %d", run.name, run.exit, r.Exit)
 		}
 	}
 }

@@ -19,6 +19,18 @@ import (
 // pay for it.
 var ErrNotAccepted = errors.New("the contract does not accept this external message")
 
+// NotAccepted is ErrNotAccepted with what the contract said.
+type NotAccepted struct {
+	Exit int32 // 0 when the contract ended well and did not accept
+}
+
+func (e *NotAccepted) Error() string {
+	return fmt.Sprintf("%v (exit code %d)", ErrNotAccepted, e.Exit)
+}
+
+// Is makes it an ErrNotAccepted.
+func (e *NotAccepted) Is(target error) bool { return target == ErrNotAccepted }
+
 // maxCascade is how many transactions one message may cause.
 const maxCascade = 1000
 
@@ -107,7 +119,7 @@ func (l *Ledger) Run(message *cell.Cell, now uint32, lt uint64) ([]Transaction, 
 			return nil, nil, err
 		}
 		if prepared.Message().MsgType == tlb.MsgTypeExternalIn && !result.Accepted || result.TransactionCell == nil {
-			return nil, nil, ErrNotAccepted
+			return nil, nil, &NotAccepted{int32(result.ExitCode)}
 		}
 		parsed, err := result.ParseTransaction()
 		if err != nil {

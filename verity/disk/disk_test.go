@@ -120,6 +120,33 @@ func TestPackTreeIsReproducible(t *testing.T) {
 	}
 }
 
+// TestThroughThePageCache packs where a file cannot be written past the page cache,
+// and where the host's file system decides that.
+func TestThroughThePageCache(t *testing.T) {
+	dir, err := os.MkdirTemp("/dev/shm", "chrysalis-test-")
+	if err != nil {
+		t.Skip(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	memory, _ := packSample(t, dir)
+	out, _ := packSample(t, t.TempDir())
+	f, err := openOutput(filepath.Join(dir, "direct"), Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if f.direct != nil {
+		t.Error("a file in memory is written past the page cache")
+	}
+	if err := f.discard(); err != nil {
+		t.Error(err)
+	}
+	a, _ := os.ReadFile(memory)
+	b, _ := os.ReadFile(out)
+	if len(a) == 0 || !bytes.Equal(a, b) {
+		t.Errorf("two disks of one tree differ, of %d and %d bytes", len(a), len(b))
+	}
+}
+
 // TestErofsUtils has erofs-utils read the image: they share no code with the
 // writer.
 func TestErofsUtils(t *testing.T) {

@@ -9,8 +9,12 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"sync"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"chrysalis/verity"
 )
 
 // An output is a file without a name, which it gets when it is whole. With
@@ -22,6 +26,9 @@ type output struct {
 	keep    string // its name while it is unfinished and may be kept, or ""
 	replace bool   // path may be taken: what is there gives way to the whole file
 	temp    string // its name meanwhile, or "" with O_TMPFILE or after commit
+
+	direct  *os.File   // the same file, past the page cache; nil where that cannot be
+	writing sync.Mutex // held while a group goes through the page cache
 }
 
 func createOutput(path string, replace bool) (*output, error) {
@@ -47,6 +54,14 @@ func createOutput(path string, replace bool) (*output, error) {
 // openOutput opens the disk to be made at path: without a name where nothing of
 // it is to be kept, or as the unfinished disk of this path, which may be there.
 func openOutput(path string, o Options) (*output, error) {
+	out, err := openWhole(path, o)
+	if err == nil {
+		out.openDirect()
+	}
+	return out, err
+}
+
+func openWhole(path string, o Options) (*output, error) {
 	if o.Resume == "" && !o.KeepPartial {
 		return createOutput(path, o.Replace)
 	}
@@ -76,6 +91,44 @@ func openOutput(path string, o Options) (*output, error) {
 	return out, nil
 }
 
+// openDirect opens the file once more for writeGroup, if the file system says that
+// it can write so and at which alignment (statx(2), STATX_DIOALIGN).
+func (o *output) openDirect() {
+	name := "/proc/self/fd/" + strconv.Itoa(int(o.Fd()))
+	var st unix.Statx_t
+	if err := unix.Statx(unix.AT_FDCWD, name, 0, unix.STATX_DIOALIGN, &st); err != nil || st.Mask&unix.STATX_DIOALIGN == 0 ||
+		st.Dio_offset_align == 0 || st.Dio_mem_align == 0 || verity.BlockSize%st.Dio_offset_align != 0 || verity.BlockSize%st.Dio_mem_align != 0 {
+		return
+	}
+	if fd, err := unix.Open(name, unix.O_WRONLY|unix.O_DIRECT|unix.O_CLOEXEC, 0); err == nil {
+		o.direct = os.NewFile(uintptr(fd), o.path)
+	}
+}
+
+// writeGroup writes a buffer of alignedBuffer's at a multiple of its alignment. It
+// goes past the page cache where the file system can do that: a model larger than
+// memory then costs no copy and pushes nothing out, and little is left to wait for
+// when the file is synced. It may be called from several goroutines.
+func (o *output) writeGroup(p []byte, at int64) error {
+	if o.direct != nil {
+		_, err := o.direct.WriteAt(p, at)
+		return err
+	}
+	// The kernel lets one writer at a time at a file, and the others spin.
+	o.writing.Lock()
+	defer o.writing.Unlock()
+	_, err := o.WriteAt(p, at)
+	return err
+}
+
+// alignedBuffer returns a buffer that a direct write takes: its address is a
+// multiple of the block size.
+func alignedBuffer(size int) []byte {
+	b := make([]byte, size+verity.BlockSize)
+	skip := -uintptr(unsafe.Pointer(&b[0])) % verity.BlockSize
+	return b[skip:][:size:size]
+}
+
 func sameFile(f *os.File, info fs.FileInfo) bool {
 	own, err := f.Stat()
 	return err == nil && os.SameFile(own, info)
@@ -84,9 +137,16 @@ func sameFile(f *os.File, info fs.FileInfo) bool {
 // end closes the file at the end of the work, and decides what is left of it.
 func (o *output) end(ctx context.Context, err error, options Options) error {
 	if o.temp != "" && err != nil && o.keep != "" && (options.KeepPartial || ctx.Err() != nil) {
-		return o.Close()
+		return o.close()
 	}
 	return o.discard()
+}
+
+func (o *output) close() error {
+	if o.direct == nil {
+		return o.Close()
+	}
+	return errors.Join(o.direct.Close(), o.Close())
 }
 
 // room checks that a file of size bytes will fit before anything is written.
@@ -177,7 +237,7 @@ func (o *output) commit() error {
 
 // discard closes the file and, unless commit named it, removes it.
 func (o *output) discard() error {
-	err := o.Close()
+	err := o.close()
 	if o.temp != "" {
 		err = errors.Join(err, os.Remove(o.temp))
 	}

@@ -36,7 +36,6 @@ type packer struct {
 	end    uint64      // block behind the files' content
 	leaves io.WriterAt // takes the leaf of group n at n blocks
 
-	writing sync.Mutex
 	mu      sync.Mutex
 	stopped error
 	done    int64 // bytes of files
@@ -99,7 +98,7 @@ func (p *packer) buffers(workers int) {
 	p.halt = make(chan struct{})
 	p.free = make(chan *group, 2*workers+active(workers)+1)
 	for range cap(p.free) {
-		p.free <- &group{buf: make([]byte, groupSize)}
+		p.free <- &group{buf: alignedBuffer(groupSize)}
 	}
 }
 
@@ -177,11 +176,7 @@ func (p *packer) work(g *group, h *verity.GroupHasher, leaf []byte) error {
 		}
 	}
 	if !allZero(g.buf) { // what is not written reads as zeros
-		// The kernel lets one writer at a time at a file, and the others spin.
-		p.writing.Lock()
-		_, err := p.file.WriteAt(g.buf, verity.DataOffset+int64(g.index)*groupSize)
-		p.writing.Unlock()
-		if err != nil {
+		if err := p.file.writeGroup(g.buf, verity.DataOffset+int64(g.index)*groupSize); err != nil {
 			return err
 		}
 	}
@@ -560,6 +555,10 @@ func pack(ctx context.Context, entries []Entry, out string, o Options) (d verity
 		if p.state, err = openJournal(p); err != nil {
 			return d, err
 		}
+	}
+	// A write that does not make the file longer need not wait for others.
+	if err := f.Truncate(layout.Size); err != nil {
+		return d, f.explain(err, layout.Size)
 	}
 	p.next = p.planned(active(runtime.GOMAXPROCS(0)))
 	err = p.run()

@@ -78,8 +78,8 @@ func (c *Certificate) SHA256() [32]byte { return sha256.Sum256(c.Raw) }
 
 var serial atomic.Int64
 
-// Issue makes a certificate for a new P-384 key. change, when not nil, may edit
-// the template. A nil issuer makes a root.
+// Issue makes a certificate for a new P-384 key, valid as long as its issuer's.
+// change, when not nil, may edit the template. A nil issuer makes a root.
 func Issue(commonName string, issuer *Certificate, ca bool, change func(*x509.Certificate)) *Certificate {
 	key := must(ecdsa.GenerateKey(elliptic.P384(), rand.Reader))
 	template := &x509.Certificate{
@@ -90,6 +90,9 @@ func Issue(commonName string, issuer *Certificate, ca bool, change func(*x509.Ce
 	}
 	if ca {
 		template.KeyUsage, template.IsCA, template.BasicConstraintsValid = x509.KeyUsageCertSign|x509.KeyUsageCRLSign, true, true
+	}
+	if issuer != nil {
+		template.NotBefore, template.NotAfter = issuer.NotBefore, issuer.NotAfter
 	}
 	if change != nil {
 		change(template)
@@ -104,19 +107,25 @@ func Issue(commonName string, issuer *Certificate, ca bool, change func(*x509.Ce
 
 // Vendor stands in for NVIDIA.
 type Vendor struct {
+	Chip                                 string
+	Now                                  time.Time // what it makes is valid around then
 	DeviceRoot, Identity, Provisioner    *Certificate
 	RIMRoot, RIMAuthority, RIML3, Signer *Certificate
 }
 
-// NewVendor makes the authorities.
-func NewVendor() *Vendor {
-	v := &Vendor{}
-	v.DeviceRoot = Issue("Test Device Identity CA", nil, true, nil)
-	v.Identity = Issue("Test GH100 Identity", v.DeviceRoot, true, nil)
-	v.Provisioner = Issue("Test GH100 Provisioner ICA 1", v.Identity, true, nil)
-	v.RIMRoot = Issue("Test RIM signing Root CA", nil, true, nil)
-	v.RIMAuthority = Issue("Test Reference Value GH100 CA", v.RIMRoot, true, nil)
-	v.RIML3 = Issue("Test Reference Value L3 GH100", v.RIMAuthority, true, nil)
+// NewVendor makes the authorities of Chip, around Now.
+func NewVendor() *Vendor { return NewVendorOf(Chip, Now) }
+
+// NewVendorOf makes the authorities of a chip, like GB100, around a time.
+func NewVendorOf(chip string, now time.Time) *Vendor {
+	v := &Vendor{Chip: chip, Now: now}
+	around := func(c *x509.Certificate) { c.NotBefore, c.NotAfter = now.AddDate(-1, 0, 0), now.AddDate(1, 0, 0) }
+	v.DeviceRoot = Issue("Test Device Identity CA", nil, true, around)
+	v.Identity = Issue("Test "+chip+" Identity", v.DeviceRoot, true, nil)
+	v.Provisioner = Issue("Test "+chip+" Provisioner ICA 1", v.Identity, true, nil)
+	v.RIMRoot = Issue("Test RIM signing Root CA", nil, true, around)
+	v.RIMAuthority = Issue("Test Reference Value "+chip+" CA", v.RIMRoot, true, nil)
+	v.RIML3 = Issue("Test Reference Value L3 "+chip, v.RIMAuthority, true, nil)
 	v.Signer = Issue("Test RIM L4 Signer", v.RIML3, false, nil)
 	return v
 }
@@ -142,9 +151,9 @@ type Opaque struct {
 
 // NewGPU makes a device that measures as the vendor's RIMs say.
 func (v *Vendor) NewGPU() *GPU {
-	g := &GPU{Device: Issue(Chip+" A01 GSP BROM", v.Provisioner, true, nil)}
+	g := &GPU{Device: Issue(v.Chip+" A01 GSP BROM", v.Provisioner, true, nil)}
 	fwid := sha512.Sum384([]byte("firmware"))
-	g.Leaf = Issue(Chip+" A01 GSP FMC LF", g.Device, false, func(c *x509.Certificate) {
+	g.Leaf = Issue(v.Chip+" A01 GSP FMC LF", g.Device, false, func(c *x509.Certificate) {
 		c.ExtraExtensions = []pkix.Extension{{Id: asn1.ObjectIdentifier{2, 23, 133, 5, 4, 1}, Value: DeviceID(g.Device.Certificate, fwid[:])}}
 	})
 	for i := range 64 {
@@ -159,6 +168,9 @@ func (v *Vendor) NewGPU() *GPU {
 		{nvidia.FieldNVDEC0, []byte{0xaa}},
 		{nvidia.FieldFWID, fwid[:]},
 		{nvidia.FieldProtectedPCIe, []byte{0x55}},
+	}
+	if strings.HasPrefix(v.Chip, "GB") {
+		g.Opaque = append(g.Opaque, Opaque{nvidia.FieldChip, []byte(v.Chip + "\x00")}, Opaque{nvidia.FieldFeatureFlag, []byte{0}})
 	}
 	return g
 }
@@ -267,7 +279,7 @@ func (v *Vendor) RIM(signer *Certificate, version string, indices []int) []byte 
     <ns0:Entity name="Chrysalis tests" role="softwareCreator tagCreator"/>
     <ns0:Meta colloquialVersion="%[2]s" edition="GPU" product="%[1]s"/>
     <ns0:Payload>
-`, Chip, version)
+`, v.Chip, version)
 	for i := range 64 {
 		active, values := "False", []string{strings.Repeat("0", 96)}
 		for n, index := range indices {
@@ -339,7 +351,7 @@ func OCSPFrom(responder, c *Certificate, status int, at time.Time) []byte {
 	}, responder.Key))
 }
 
-// Collateral is all that a verifier needs for these GPUs at Now.
+// Collateral is all that a verifier needs for these GPUs at v.Now.
 func (v *Vendor) Collateral(gpus ...*GPU) *nvidia.Collateral {
 	c := &nvidia.Collateral{Version: nvidia.Version, RIMs: []evidence.Bytes{v.DriverRIM(), v.VBIOSRIM()}, OCSP: []evidence.Bytes{}}
 	certificates := []*Certificate{v.Identity, v.Provisioner, v.RIMAuthority, v.RIML3, v.Signer}
@@ -347,7 +359,7 @@ func (v *Vendor) Collateral(gpus ...*GPU) *nvidia.Collateral {
 		certificates = append(certificates, g.Device)
 	}
 	for _, each := range certificates {
-		c.OCSP = append(c.OCSP, OCSP(each, ocsp.Good, Now.Add(-time.Hour)))
+		c.OCSP = append(c.OCSP, OCSP(each, ocsp.Good, v.Now.Add(-time.Hour)))
 	}
 	return c
 }

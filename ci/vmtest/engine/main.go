@@ -4,8 +4,10 @@
 package main
 
 import (
+	"bytes"
 	"encoding/json"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"os"
@@ -13,6 +15,8 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	"chrysalis/ci/load"
 )
 
 func main() {
@@ -29,11 +33,13 @@ func main() {
 		likeVLLM()
 	case "gpu":
 		var names []string
-		entries, err := os.ReadDir("/dev")
-		for _, e := range entries {
-			names = append(names, e.Name())
+		for _, name := range []string{"nvidiactl", "nvidia0", "nvidia1", "nvidia2", "nvidia-uvm"} {
+			if f, err := os.OpenFile("/dev/"+name, os.O_RDWR, 0); err == nil {
+				names = append(names, name)
+				f.Close()
+			}
 		}
-		fmt.Println("engine: sees", strings.Join(names, " "), "in /dev, errors:", err)
+		fmt.Println("engine: opens", strings.Join(names, " "))
 	case "exit":
 		fmt.Println("engine: exits at once")
 		os.Exit(7)
@@ -48,7 +54,7 @@ func main() {
 		os.Exit(1)
 	}
 	http.HandleFunc("GET /health", func(http.ResponseWriter, *http.Request) {})
-	http.HandleFunc("POST /v1/chat/completions", chat)
+	http.HandleFunc("POST /v1/chat/completions", map[bool]http.HandlerFunc{true: crowd, false: chat}[mode == "crowd"])
 	err = http.Serve(ln, nil)
 	fmt.Println("engine:", err)
 	os.Exit(1)
@@ -81,6 +87,61 @@ func likeVLLM() {
 	_, errVsock := syscall.Socket(vsock, syscall.SOCK_STREAM, 0)
 	if errOut != nil && errVsock != nil {
 		fmt.Println("engine: nothing else can be reached")
+	}
+}
+
+// crowd does what load.Engine does, or else says on both of its outputs what it was
+// asked, and answers with it.
+func crowd(w http.ResponseWriter, r *http.Request) {
+	body, err := io.ReadAll(r.Body)
+	if err != nil {
+		return
+	}
+	if strings.Contains(string(body), `"say `) {
+		fmt.Println("engine: asked on stdout", string(body))
+		fmt.Fprintln(os.Stderr, "engine: asked on stderr", string(body))
+		r.Body = io.NopCloser(bytes.NewReader(body))
+		echo(w, r)
+		return
+	}
+	r.Body = io.NopCloser(bytes.NewReader(body))
+	load.Engine(w, r)
+}
+
+// echo answers with the last message, which begins with "say ". With "refuse" in it
+// that is an error's message, with "crash" the engine dies over it.
+func echo(w http.ResponseWriter, r *http.Request) {
+	var request struct {
+		Stream   bool
+		Messages []struct{ Content string }
+	}
+	if err := json.NewDecoder(r.Body).Decode(&request); err != nil || len(request.Messages) == 0 {
+		w.WriteHeader(http.StatusBadRequest)
+		return
+	}
+	text, _ := json.Marshal(request.Messages[len(request.Messages)-1].Content)
+	switch {
+	case strings.Contains(string(text), "refuse"):
+		w.Header().Set("Content-Type", "application/json")
+		w.WriteHeader(http.StatusBadRequest)
+		fmt.Fprintf(w, `{"error":{"message":%s}}`, text)
+	case strings.Contains(string(text), "fail"):
+		w.WriteHeader(http.StatusInternalServerError)
+		fmt.Fprintf(w, `{"error":{"message":%s}}`, text)
+	case !request.Stream:
+		w.Header().Set("Content-Type", "application/json")
+		fmt.Fprintf(w, `{"id":"1","object":"chat.completion","created":1,"model":"m","choices":[{"index":0,"finish_reason":"stop","message":{"role":"assistant","content":%s}}]}`, text)
+	default:
+		w.Header().Set("Content-Type", "text/event-stream")
+		for range 20 {
+			fmt.Fprintf(w, "data: {\"id\":\"1\",\"object\":\"chat.completion.chunk\",\"created\":1,\"model\":\"m\",\"choices\":[{\"index\":0,\"delta\":{\"content\":%s}}]}\n\n", text)
+			w.(http.Flusher).Flush()
+			if strings.Contains(string(text), "crash") {
+				panic(string(text)) // net/http prints it
+			}
+			time.Sleep(20 * time.Millisecond)
+		}
+		fmt.Fprint(w, "data: [DONE]\n\n")
 	}
 }
 

@@ -1,4 +1,4 @@
-package gpu_test
+package fetch_test
 
 import (
 	"encoding/base64"
@@ -15,12 +15,12 @@ import (
 
 	"chrysalis/attest/evidence"
 	"chrysalis/attest/nvidia"
+	"chrysalis/attest/nvidia/fetch"
 	"chrysalis/attest/nvidia/nvidiatest"
-	"chrysalis/launcher/gpu"
 )
 
 // services stands in for NVIDIA's.
-func services(t *testing.T, v *nvidiatest.Vendor, gpus ...*nvidiatest.GPU) (s gpu.Services, fetched *atomic.Int64) {
+func services(t *testing.T, v *nvidiatest.Vendor, gpus ...*nvidiatest.GPU) (s fetch.Services, fetched *atomic.Int64) {
 	fetched = new(atomic.Int64)
 	known := []*nvidiatest.Certificate{v.Identity, v.Provisioner, v.RIMAuthority, v.RIML3, v.Signer}
 	for _, g := range gpus {
@@ -53,7 +53,7 @@ func services(t *testing.T, v *nvidiatest.Vendor, gpus ...*nvidiatest.GPU) (s gp
 	})
 	server := httptest.NewServer(mux)
 	t.Cleanup(server.Close)
-	return gpu.Services{RIM: server.URL + "/rim/", OCSP: server.URL + "/ocsp", Roots: v.Roots()}, fetched
+	return fetch.Services{Now: func() time.Time { return nvidiatest.Now }, RIM: server.URL + "/rim/", OCSP: server.URL + "/ocsp", Roots: v.Roots()}, fetched
 }
 
 func TestCollateral(t *testing.T) {
@@ -89,6 +89,11 @@ func TestCollateral(t *testing.T) {
 	if _, err := s.Collateral(t.Context(), e, c, quiet); err != nil || fetched.Load() != 2 {
 		t.Errorf("%v, %d RIMs fetched", err, fetched.Load())
 	}
+	// Unless they have expired.
+	s.Now = func() time.Time { return nvidiatest.Now.AddDate(2, 0, 0) }
+	if _, err := s.Collateral(t.Context(), e, c, nil); err != nil || fetched.Load() != 4 {
+		t.Errorf("%v, %d RIMs fetched", err, fetched.Load())
+	}
 }
 
 // A VM that lacks a RIM says its name, and that is enough to fetch it.
@@ -121,16 +126,16 @@ func TestCollateralRefused(t *testing.T) {
 	g := vendor.NewGPU()
 	e := &nvidia.Evidence{Version: nvidia.Version, GPUs: []nvidia.GPU{g.Evidence([32]byte{})}}
 	for name, test := range map[string]struct {
-		s    func() gpu.Services
+		s    func() fetch.Services
 		text string
 	}{
-		"of somebody else":                   {func() gpu.Services { s, _ := services(t, vendor, g); s.Roots = other.Roots(); return s }, "not a trusted root"},
-		"RIMs of another":                    {func() gpu.Services { s, _ := services(t, other, g); s.Roots = vendor.Roots(); return s }, "not a trusted root"},
-		"an unknown GPU":                     {func() gpu.Services { s, _ := services(t, vendor); return s }, "404"},
-		"an endless answer":                  {func() gpu.Services { s, _ := services(t, vendor, g); s.RIM = endless(t); return s }, "more than"},
-		"not JSON":                           {func() gpu.Services { s, _ := services(t, vendor, g); s.RIM = says(t, "x"); return s }, "not JSON"},
-		"no RIM":                             {func() gpu.Services { s, _ := services(t, vendor, g); s.RIM = says(t, "{}"); return s }, "no RIM"},
-		"an answer that is no OCSP response": {func() gpu.Services { s, _ := services(t, vendor, g); s.OCSP = says(t, "x"); return s }, "OCSP response 0"},
+		"of somebody else":                   {func() fetch.Services { s, _ := services(t, vendor, g); s.Roots = other.Roots(); return s }, "not a trusted root"},
+		"RIMs of another":                    {func() fetch.Services { s, _ := services(t, other, g); s.Roots = vendor.Roots(); return s }, "not a trusted root"},
+		"an unknown GPU":                     {func() fetch.Services { s, _ := services(t, vendor); return s }, "404"},
+		"an endless answer":                  {func() fetch.Services { s, _ := services(t, vendor, g); s.RIM = endless(t); return s }, "more than"},
+		"not JSON":                           {func() fetch.Services { s, _ := services(t, vendor, g); s.RIM = says(t, "x"); return s }, "not JSON"},
+		"no RIM":                             {func() fetch.Services { s, _ := services(t, vendor, g); s.RIM = says(t, "{}"); return s }, "no RIM"},
+		"an answer that is no OCSP response": {func() fetch.Services { s, _ := services(t, vendor, g); s.OCSP = says(t, "x"); return s }, "OCSP response 0"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			_, err := test.s().Collateral(t.Context(), e, nil, func(string) {})

@@ -1,4 +1,6 @@
-package gpu
+// Package fetch gets GPU collateral from NVIDIA: RIMs from its RIM service, and
+// OCSP responses. What comes is verified; whoever carries it need not be trusted.
+package fetch
 
 import (
 	"bytes"
@@ -25,10 +27,11 @@ import (
 
 // Services are where NVIDIA serves collateral.
 type Services struct {
-	RIM    string       // address to which a RIM's name is added
-	OCSP   string       // address that takes requests (RFC 6960, appendix A)
-	Roots  nvidia.Roots // that what they serve must lead to
-	Client *http.Client // http.DefaultClient when nil
+	RIM    string           // address to which a RIM's name is added
+	OCSP   string           // address that takes requests (RFC 6960, appendix A)
+	Roots  nvidia.Roots     // that what they serve must lead to
+	Client *http.Client     // http.DefaultClient when nil
+	Now    func() time.Time // time.Now when nil
 }
 
 // NVIDIA returns NVIDIA's own services.
@@ -41,7 +44,8 @@ const fetchTimeout = 30 * time.Second
 
 // Collateral fetches what GPUs are judged by: the RIMs for the drivers and VBIOSes
 // that their evidence names, and OCSP responses for all certificates involved.
-// have holds RIMs that need not be fetched. What comes back has verified.
+// have holds RIMs that need not be fetched while they are valid. What comes back
+// has verified. tell, when not nil, is told each step.
 func (s Services) Collateral(ctx context.Context, e *nvidia.Evidence, have *nvidia.Collateral, tell func(string)) (*nvidia.Collateral, error) {
 	wanted := map[string]bool{}
 	for i := range e.GPUs {
@@ -80,11 +84,22 @@ func (s Services) RIMs(ctx context.Context, names []string, have *nvidia.Collate
 // collect fetches the RIMs that are wanted and not at hand, and asks about GPUs and
 // signers.
 func (s Services) collect(ctx context.Context, e *nvidia.Evidence, wanted map[string]bool, have *nvidia.Collateral, tell func(string)) (*nvidia.Collateral, error) {
+	if tell == nil {
+		tell = func(string) {}
+	}
+	now := time.Now
+	if s.Now != nil {
+		now = s.Now
+	}
 	out := &nvidia.Collateral{Version: nvidia.Version, RIMs: []evidence.Bytes{}, OCSP: []evidence.Bytes{}}
 	known := map[string]evidence.Bytes{}
 	if have != nil {
 		for _, data := range have.RIMs {
-			if rim, err := nvidia.ParseRIM(data, s.Roots.RIM); err == nil {
+			rim, err := nvidia.ParseRIM(data, s.Roots.RIM)
+			if err != nil {
+				continue
+			}
+			if from, to := rim.Validity(); !now().Before(from) && !now().After(to) {
 				known[rim.Version] = data
 			}
 		}

@@ -1,0 +1,109 @@
+package proxy
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http/httptrace"
+	"sync"
+	"time"
+
+	"chrysalis/attest"
+	"chrysalis/attest/evidence"
+	"chrysalis/manifest"
+)
+
+// uploadLimit is how long a worker may take to accept a request, bodies of MaxBody
+// included: what a VM gives its clients for one.
+const uploadLimit = 2 * time.Minute
+
+// grace is what a worker gets on top of its manifest's limits, for a place in its
+// engine and for the way.
+const grace = 30 * time.Second
+
+// limitsOf returns the limits of a manifest that has been verified.
+func limitsOf(s *attest.Session) manifest.Limits {
+	if doc, err := evidence.Parse(s.Document); err == nil {
+		if m, err := manifest.Parse(doc.Manifest); err == nil {
+			return m.Limits
+		}
+	}
+	return manifest.DefaultLimits
+}
+
+// patience ends a request that a worker takes too long over, in each of its steps.
+// A host can hold back what its VM says for as long as it likes; what a VM may take
+// itself is in its manifest.
+type patience struct {
+	ctx    context.Context
+	cancel context.CancelCauseFunc
+	most   time.Duration // Options.Patience
+	answer time.Duration // until the header of the answer
+	idle   time.Duration // between pieces of it
+
+	mu    sync.Mutex
+	timer *time.Timer
+}
+
+// wait returns the patience with one request, and the context to make it in. The
+// step that begins is to get a connection, evidence included, which the transport
+// bounds.
+func (w *worker) wait(ctx context.Context, body []byte) (context.Context, *patience) {
+	w.mu.Lock()
+	limits := cmp.Or(w.limits, manifest.DefaultLimits)
+	w.mu.Unlock()
+	seconds := func(n int) time.Duration { return time.Duration(n)*time.Second + grace }
+	ctx, cancel := context.WithCancelCause(ctx)
+	p := &patience{ctx: ctx, cancel: cancel, most: w.proxy.options.Patience, answer: seconds(limits.TotalSeconds), idle: seconds(limits.IdleSeconds)}
+	var asked struct{ Stream bool }
+	if json.Unmarshal(body, &asked); asked.Stream {
+		p.answer = p.idle // what a VM waits for an engine's first event
+	}
+	return httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
+		GotConn:      func(httptrace.GotConnInfo) { p.step(uploadLimit, "it did not take the request") },
+		WroteRequest: func(httptrace.WroteRequestInfo) { p.step(p.answer, "it did not begin to answer") },
+	}), p
+}
+
+// step gives the next step so long.
+func (p *patience) step(limit time.Duration, otherwise string) {
+	if p.most > 0 {
+		limit = min(limit, p.most)
+	}
+	p.pause()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.timer = time.AfterFunc(limit, func() { p.cancel(fmt.Errorf("%s in %s", otherwise, limit)) })
+}
+
+// piece is the step until the next piece of an answer.
+func (p *patience) piece() { p.step(p.idle, "it broke off in the middle: nothing more came") }
+
+// pause stops the clock: it is the client that is waited for.
+func (p *patience) pause() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.timer != nil {
+		p.timer.Stop()
+	}
+}
+
+// end ends it.
+func (p *patience) end() {
+	p.pause()
+	p.cancel(nil)
+}
+
+// over reports whether it has ended the request. What comes after that is not the
+// end of an answer, even where it looks like one.
+func (p *patience) over() bool { return p.ctx.Err() != nil }
+
+// why is what ended a request, where patience did.
+func (p *patience) why(err error) error {
+	if cause := context.Cause(p.ctx); errors.Is(err, context.Canceled) && cause != nil {
+		return cause
+	}
+	return err
+}
