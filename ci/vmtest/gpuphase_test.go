@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"chrysalis/agent/gpu/fakenvml"
+	"chrysalis/attest"
 	"chrysalis/attest/evidence"
 	"chrysalis/attest/nvidia"
 	"chrysalis/attest/nvidia/nvidiatest"
@@ -28,6 +29,7 @@ import (
 	"chrysalis/image/toolsroot"
 	"chrysalis/manifest"
 	"chrysalis/measure/cel"
+	"chrysalis/measure/record"
 	"chrysalis/models/card"
 )
 
@@ -200,7 +202,13 @@ func (s gpuSetup) collateral(t *testing.T) string {
 	return path
 }
 
+var validity sync.Once
+
 func newGPUSetup(n int) gpuSetup {
+	// Valid both when the vendor's answers on revocation are given and today.
+	if now := time.Now(); now.After(nvidiatest.Now) {
+		validity.Do(func() { nvidiatest.NotAfter = now.AddDate(1, 0, 0) })
+	}
 	s := gpuSetup{vendor: nvidiatest.NewVendor()}
 	for range n {
 		s.gpus = append(s.gpus, s.vendor.NewGPU())
@@ -222,9 +230,9 @@ func TestGPU(t *testing.T) {
 	h := newGPUHost(t)
 	s := newGPUSetup(2)
 	t.Log("the GPU engine disk is the fixture's: NVIDIA's driver is no part of this tree")
-	// Two reports at boot, and two for the first client.
+	// Two reports at boot, and two for each of two clients.
 	const report = "nvmlDeviceGetConfComputeGpuAttestationReport"
-	s.script = fakenvml.Script{"after." + report: "4", "error." + report: "15"}
+	s.script = fakenvml.Script{"after." + report: "6", "error." + report: "15"}
 	engine := s.disk(t, h)
 	endpoint := h.up("--image", gpuParts.uki, "--engine", engine, "--model", demo, "--shape", "gputest2", "--gpu-collateral", s.collateral(t))
 	c := newClient(t, endpoint)
@@ -306,6 +314,23 @@ func TestGPU(t *testing.T) {
 	_, err = nvidia.NewVerifier(nvidia.NVIDIARoots()).Verify(d.GPU, policy)
 	if r, ok := errors.AsType[*nvidia.Refusal](err); !ok || r.Check != nvidia.CheckChain {
 		t.Errorf("under NVIDIA's roots: %v", err)
+	}
+
+	// And what a user sees who trusts this vendor in NVIDIA's place.
+	trusted := attest.NewPolicy()
+	trusted.AllowNotConfidential, trusted.AllowNoGPUOCSP, trusted.GPUModels = true, true, []string{nvidiatest.Model}
+	trusted.GPUDeviceRoots, trusted.GPURIMRoots = []record.Hex{s.vendor.Roots().Device[0][:]}, []record.Hex{s.vendor.Roots().RIM[0][:]}
+	encoded, err := json.Marshal(trusted)
+	if err != nil {
+		t.Fatal(err)
+	}
+	file := filepath.Join(t.TempDir(), "policy.json")
+	if err := os.WriteFile(file, encoded, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	v := h.verify(0, "", "--policy", file, "--allow-not-confidential", "--record", recordOf(t, h, gpuParts.uki, engine, demo), endpoint)
+	if len(v.GPUs) != 2 || v.GPUs[1].Model != nvidiatest.Model || v.GPUs[1].Measurements != result.GPUs[1].Compared {
+		t.Errorf("the client's verdict has the GPUs %+v", v.GPUs)
 	}
 
 	// The engine has the driver's device nodes, and the agent and the helper are no
