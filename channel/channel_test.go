@@ -300,7 +300,10 @@ func (n *net) raw(from *address.Address, to lite.Address, value int64, body *cel
 // cannot be claimed from.
 func TestClaimAll(t *testing.T) {
 	n := newNet(t)
-	const count = 300
+	count := 300
+	if testing.Short() {
+		count = 20
+	}
 	var list []voucher.Voucher
 	for i := range count {
 		list = append(list, n.voucher(n.open(n.terms(), ton/10), uint64(i+1)*1000))
@@ -339,8 +342,8 @@ func TestClaimAll(t *testing.T) {
 			external++
 		}
 	}
-	if external != 2 {
-		t.Errorf("the wallet sent %d messages, 2 are enough", external)
+	if want := (count + 254) / 255; external != want {
+		t.Errorf("the wallet sent %d messages, %d are enough", external, want)
 	}
 	again, err := ClaimAll(t.Context(), n.payee, list[:2])
 	if err != nil || !errors.Is(again[0].Err, voucher.ErrStale) {

@@ -212,8 +212,10 @@ func ClaimAll(ctx context.Context, p *registry.Publisher, list []voucher.Voucher
 	next := make(chan int)
 	for range min(readers, len(list)) {
 		wait.Go(func() {
+			mine := *view // it notes failures
+			mine.Failures = nil
 			for i := range next {
-				results[i] = claimable(ctx, view, list[i])
+				results[i] = claimable(ctx, &mine, list[i])
 			}
 		})
 	}

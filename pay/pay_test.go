@@ -378,7 +378,11 @@ func TestTerms(t *testing.T) {
 // covered and a step; no charge is above what the ceilings allow for what was sent;
 // and the sum of the charges is what was used.
 func TestNeverMore(t *testing.T) {
-	for seed := range uint64(60) {
+	histories := uint64(60)
+	if testing.Short() {
+		histories = 10
+	}
+	for seed := range histories {
 		r := rand.New(rand.NewPCG(seed, 9))
 		b := newBook(t)
 		limit := uint64(r.Int64N(200 * step))

@@ -352,6 +352,9 @@ func TestTwice(t *testing.T) {
 	n.do(p, Init())
 	// Rent for another second would be another nanoton.
 	n.stopped.Store(n.now().UnixNano())
+	if err := n.chain.Mine(); err != nil { // the plan is made for the last block's time
+		t.Fatal(err)
+	}
 	plan, err := p.Plan(t.Context(), Publish(publication("one", "")))
 	if err != nil || plan.Cost == 0 || plan.Cost > 20_000_000 {
 		t.Fatalf("%+v, %v", plan, err)
