@@ -9,6 +9,8 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"chrysalis/outfile"
 )
 
 // lockFile takes an exclusive lock that ends with the process, waiting for its
@@ -70,25 +72,15 @@ func replaceFile(from, to string) error {
 		return err
 	}
 	defer in.Close()
-	tmp, err := os.CreateTemp(filepath.Dir(to), "."+filepath.Base(to)+"-*")
+	out, err := outfile.Create(to)
 	if err != nil {
 		return err
 	}
-	defer os.Remove(tmp.Name())
-	defer tmp.Close()
-	if _, err := io.Copy(tmp, in); err != nil {
+	defer out.Discard()
+	if _, err := io.Copy(out, in); err != nil {
 		return err
 	}
-	if err := tmp.Chmod(0o644); err != nil {
-		return err
-	}
-	if err := tmp.Sync(); err != nil {
-		return err
-	}
-	if err := tmp.Close(); err != nil {
-		return err
-	}
-	return os.Rename(tmp.Name(), to)
+	return out.Commit(0o644, true)
 }
 
 // lastLines returns the end of a program's output, for an error.
