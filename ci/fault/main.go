@@ -26,6 +26,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -49,7 +50,10 @@ const waiting = "CHRYSALIS_CI_FAULT" // in the environment of what is to be trac
 
 func main() {
 	if os.Getenv(waiting) != "" {
-		os.NewFile(3, "traced").Read(make([]byte, 1))
+		if _, err := os.NewFile(3, "traced").Read(make([]byte, 1)); err != nil {
+			fmt.Fprintln(os.Stderr, "fault: the tracer has gone:", err)
+			os.Exit(127)
+		}
 		os.Unsetenv(waiting)
 		fmt.Fprintln(os.Stderr, "fault:", unix.Exec(os.Args[1], os.Args[1:], os.Environ()))
 		os.Exit(127)
@@ -88,18 +92,14 @@ type tracer struct {
 	all      bool       // kill all of them
 	errno    unix.Errno // or fail
 	counted  map[uint64]bool
-	program  string          // as /proc/PID/exe has it
-	threads  map[int]*thread // by thread id
-	groups   map[int]bool    // processes that execute the program
-}
-
-type thread struct {
-	inside bool // between the start of a call and its end
-	fail   bool // the call is to fail
+	self     string
+	program  string       // as /proc/PID/exe has it
+	fails    map[int]bool // threads whose call is to fail
+	groups   map[int]bool // processes that execute the program
 }
 
 func newTracer(at int, do, class string, args []string) (*tracer, error) {
-	t := &tracer{at: at, counted: map[uint64]bool{}, threads: map[int]*thread{}, groups: map[int]bool{}}
+	t := &tracer{at: at, counted: map[uint64]bool{}, fails: map[int]bool{}, groups: map[int]bool{}}
 	switch do {
 	case "kill", "cut":
 		t.kill, t.all = true, do == "cut"
@@ -132,6 +132,9 @@ func newTracer(at int, do, class string, args []string) (*tracer, error) {
 // trace runs the program until all that is traced has ended.
 func (t *tracer) trace(args []string) (int, error) {
 	self, err := os.Executable()
+	if err == nil {
+		t.self, err = filepath.EvalSymlinks(self)
+	}
 	if err != nil {
 		return 1, err
 	}
@@ -153,7 +156,6 @@ func (t *tracer) trace(args []string) (int, error) {
 	if err := ptrace(unix.PTRACE_SEIZE, first, options); err != nil {
 		return 1, fmt.Errorf("trace it: %w", err)
 	}
-	t.threads[first] = &thread{}
 	if _, err := traced.Write([]byte{0}); err != nil {
 		return 1, err
 	}
@@ -170,7 +172,7 @@ func (t *tracer) trace(args []string) (int, error) {
 			return 1, fmt.Errorf("wait: %w", err)
 		}
 		if !ws.Stopped() {
-			delete(t.threads, pid)
+			delete(t.fails, pid)
 			delete(t.groups, pid)
 			if pid == first {
 				if status = ws.ExitStatus(); ws.Signaled() {
@@ -178,9 +180,6 @@ func (t *tracer) trace(args []string) (int, error) {
 				}
 			}
 			continue
-		}
-		if t.threads[pid] == nil {
-			t.threads[pid] = &thread{}
 		}
 		if err := t.stopped(pid, ws); err != nil && !errors.Is(err, unix.ESRCH) { // it was killed meanwhile
 			return 1, fmt.Errorf("process %d: %w", pid, err)
@@ -190,12 +189,14 @@ func (t *tracer) trace(args []string) (int, error) {
 
 // stopped looks at why a thread stopped, and lets it go on.
 func (t *tracer) stopped(pid int, ws unix.WaitStatus) error {
-	request, signal, th := unix.PTRACE_SYSCALL, 0, t.threads[pid]
+	request, signal := unix.PTRACE_SYSCALL, 0
 	switch event := int(ws>>16) & 0xff; {
 	case event == unix.PTRACE_EVENT_EXEC:
-		th.inside = true // its end is still to come
-		if exe, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", pid)); err != nil || exe != t.program {
-			delete(t.threads, pid)
+		exe, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", pid))
+		if err == nil && exe == t.self {
+			break // the end of its start, in which this is not the program yet
+		}
+		if err != nil || exe != t.program {
 			delete(t.groups, pid)
 			return ptrace(unix.PTRACE_DETACH, pid, 0)
 		}
@@ -204,7 +205,7 @@ func (t *tracer) stopped(pid int, ws unix.WaitStatus) error {
 		request = unix.PTRACE_LISTEN // until it is continued
 	case event != 0:
 	case ws.StopSignal() == unix.SIGTRAP|0x80:
-		if err := t.call(pid, th); err != nil {
+		if err := t.call(pid); err != nil {
 			return err
 		}
 	default:
@@ -214,17 +215,20 @@ func (t *tracer) stopped(pid int, ws unix.WaitStatus) error {
 }
 
 // call is at the start or at the end of a thread's call.
-func (t *tracer) call(pid int, th *thread) error {
+func (t *tracer) call(pid int) error {
+	var info [88]byte // struct ptrace_syscall_info
+	if _, _, errno := unix.Syscall6(unix.SYS_PTRACE, unix.PTRACE_GET_SYSCALL_INFO, uintptr(pid), uintptr(len(info)), uintptr(unsafe.Pointer(&info)), 0, 0); errno != 0 {
+		return errno
+	}
 	var r unix.PtraceRegs
 	if err := unix.PtraceGetRegs(pid, &r); err != nil {
 		return err
 	}
-	th.inside = !th.inside
-	if !th.inside {
-		if !th.fail {
+	if info[0] != unix.PTRACE_SYSCALL_INFO_ENTRY {
+		if !t.fails[pid] {
 			return nil
 		}
-		th.fail = false
+		delete(t.fails, pid)
 		r.Rax = uint64(-int64(t.errno))
 		return unix.PtraceSetRegs(pid, &r)
 	}
@@ -247,7 +251,7 @@ func (t *tracer) call(pid int, th *thread) error {
 		}
 		return unix.Kill(group, unix.SIGKILL) // the call is not made any more
 	}
-	th.fail = true
+	t.fails[pid] = true
 	r.Orig_rax = ^uint64(0) // no such call, and so none is made
 	return unix.PtraceSetRegs(pid, &r)
 }
