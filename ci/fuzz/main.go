@@ -232,7 +232,10 @@ func fuzz(ctx context.Context, u unit, binary, target string, seconds int, cache
 	limited, cancel := context.WithTimeout(ctx, time.Duration(seconds)*time.Second+3*time.Minute)
 	defer cancel()
 	cmd := exec.CommandContext(limited, binary, "-test.run=^$", "-test.fuzz=^"+target+"$",
-		fmt.Sprintf("-test.fuzztime=%ds", seconds), "-test.fuzzcachedir="+cache, "-test.parallel=1")
+		fmt.Sprintf("-test.fuzztime=%ds", seconds),
+		// By default an input that reached something new is made smaller for up to a
+		// minute, in which nothing else is tried.
+		"-test.fuzzminimizetime=500ms", "-test.fuzzcachedir="+cache, "-test.parallel=1")
 	cmd.Dir = u.dir
 	cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) } // its worker must end, too
 	cmd.WaitDelay = 10 * time.Second
