@@ -152,7 +152,7 @@ func (m mutant) try(ctx context.Context) (string, error) {
 		out, err := cmd.CombinedOutput()
 		return string(out), err
 	}
-	if out, err := run("build", "./..."); err != nil {
+	if out, err := run("build", "./"+filepath.Dir(m.file)); err != nil {
 		return "", fmt.Errorf("it does not compile, which proves nothing: %s", out)
 	}
 	out, err := run("test", "-count=1", "-run", m.test, "./"+m.pkg)
