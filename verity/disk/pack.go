@@ -750,6 +750,7 @@ func (p *packer) repack(out string) (verity.Description, error) {
 	}
 	o := p.o
 	o.Progress = nil
+	o.KeepPartial = false // what would be kept is what this is made from
 	return pack(p.ctx, entries, out, o)
 }
 
