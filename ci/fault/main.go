@@ -116,7 +116,7 @@ func newTracer(at int, do, class string, args []string) (*tracer, error) {
 		}
 	}
 	if len(t.counted) == 0 || len(args) == 0 {
-		return nil, errors.New("usage: fault [-at N] [-do kill|cut|ERROR] [-class CLASS] [-count FILE] PROGRAM [ARGUMENT]...")
+		return nil, errors.New("usage: fault [-at N] [-do kill|cut|ERROR] [-class CLASS] [-count FILE] PROGRAM [ARGUMENT ...]")
 	}
 	path, err := exec.LookPath(args[0])
 	if err == nil {

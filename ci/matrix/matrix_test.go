@@ -76,7 +76,7 @@ func TestMatrix(t *testing.T) {
 		t.Fatal(err)
 	}
 	listed := map[string]bool{}
-	for _, m := range regexp.MustCompile("(?m)^\\| ([a-z0-9/]+\\.Fuzz\\w+) +\\|").FindAllStringSubmatch(string(text), -1) {
+	for _, m := range regexp.MustCompile(`(?m)^\| ([a-z0-9/]+\.Fuzz\w+) +\|`).FindAllStringSubmatch(string(text), -1) {
 		listed[m[1]] = true
 		if !targets[m[1]] {
 			t.Errorf("there is no fuzz target %s", m[1])
