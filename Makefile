@@ -6,6 +6,7 @@
 #   make release the same, and their hashes, in release.json, to be committed
 #   make repro   two builds in different conditions, compared bit for bit
 #   make contract the contracts' code, from their source
+#   make soak    what takes hours: faults at every call, defences taken out, long fuzzing
 #   make bench   the figures of docs/performance.md
 #   make gpu-smoke  the GPU helper's read-only calls on this machine's own GPUs
 #   make lint    formatting, vet and static checks
@@ -17,7 +18,7 @@ mirrors = $(foreach m,$(MIRROR),--mirror $(m))
 
 chrysalis = bin/chrysalis
 
-.PHONY: demo test image release repro contract bench gpu-smoke lint clean deps test-deps
+.PHONY: demo test soak image release repro contract bench gpu-smoke lint clean deps test-deps
 
 deps:
 	@ci/install-deps build
@@ -44,6 +45,12 @@ demo: image
 
 test: test-deps image
 	@ci/test
+
+# The fuzzing goes on where it was interrupted; out/fuzz.json says what is done.
+soak: test-deps image
+	@CHRYSALIS_FAULT_POINTS=200 CHRYSALIS_REQUIRE_VM=1 go test -count=1 -timeout 3h -v ./ci/fault
+	@go run ./ci/mutate
+	@go run ./ci/fuzz -state out/fuzz.json 300
 
 contract: test-deps
 	@ci/contract write

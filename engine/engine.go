@@ -67,9 +67,6 @@ var mountPoints = []string{"dev", "models", "proc", "run", "tmp"}
 // The error wraps ErrImage or ErrRoot, is the profile's, or the file system's.
 func Pack(ctx context.Context, src string, o Options) (Info, error) {
 	info, err := pack(ctx, src, o)
-	if err == nil {
-		err = disk.WriteFragment(o.Out, info.Fragment())
-	}
 	if err != nil {
 		return Info{}, fmt.Errorf("pack engine %s: %w", src, err)
 	}
@@ -123,6 +120,10 @@ func pack(ctx context.Context, src string, o Options) (info Info, err error) {
 	salt := sha256.Sum256([]byte("chrysalis/engine-salt/v1\n" + info.Profile.Name))
 	info.Disk, err = disk.Pack(ctx, entries, o.Out, disk.Options{
 		Salt: salt[:], Replace: o.Replace, KeepPartial: o.KeepPartial, Progress: o.Progress,
+		Fragment: func(d verity.Description) any {
+			info.Disk = d
+			return info.Fragment()
+		},
 	})
 	return info, err
 }

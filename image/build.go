@@ -112,11 +112,11 @@ func (b *Builder) UKI(ctx context.Context, profile string) (string, error) {
 			args = append(args, "--profile="+each)
 		}
 	}
-	stage, err := b.stage(ctx, "image", b.Source, imageFiles)
+	stage, remove, err := b.stage(ctx, "image", b.Source, imageFiles)
 	if err != nil {
 		return "", err
 	}
-	defer removeTree(stage)
+	defer remove()
 	if err := b.agent(ctx, filepath.Join(stage, "agent", "init"), name, tags); err != nil {
 		return "", err
 	}
@@ -140,47 +140,51 @@ func (b *Builder) Engine(ctx context.Context, name string) (string, error) {
 		files = append(files, e.Name())
 	}
 	tree := "engine/" + name
-	stage, err := b.stage(ctx, tree, dir, files)
+	stage, remove, err := b.stage(ctx, tree, dir, files)
 	if err != nil {
 		return "", err
 	}
-	defer removeTree(stage)
+	defer remove()
 	b.Progress("build "+name+".disk", 0, 0)
 	return b.mkosi(ctx, tree, stage, name+".disk", nil)
 }
 
 // stage lays out a folder that holds all that one mkosi run may read: copies of
-// files below a folder and, under packages/, a locked tree's packages.
-func (b *Builder) stage(ctx context.Context, treeName, from string, files []string) (string, error) {
+// files below a folder and, under packages/, a locked tree's packages. The caller
+// removes it.
+func (b *Builder) stage(ctx context.Context, treeName, from string, files []string) (_ string, _ func(), err error) {
 	tree, err := b.lock.Tree(treeName)
 	if err != nil {
-		return "", err
+		return "", nil, err
 	}
 	packages, err := Fetch(ctx, tree, b.Mirrors, b.Progress)
 	if err != nil {
-		return "", err
+		return "", nil, err
 	}
 	cache, err := toolsroot.CacheDir()
 	if err != nil {
-		return "", err
+		return "", nil, err
 	}
-	stage, err := os.MkdirTemp(cache, "build-")
+	stage, remove, err := stageDir(cache, "build-")
 	if err != nil {
-		return "", fmt.Errorf("make a build folder: %w", err)
+		return "", nil, err
 	}
+	defer func() {
+		if err != nil {
+			remove()
+		}
+	}()
 	for _, name := range files {
 		if err := copyTree(filepath.Join(from, name), filepath.Join(stage, name)); err != nil {
-			removeTree(stage)
-			return "", fmt.Errorf("copy %s: %w", name, err)
+			return "", nil, fmt.Errorf("copy %s: %w", name, err)
 		}
 	}
 	for i, p := range tree.Packages {
 		if err := copyTree(packages[i], filepath.Join(stage, "packages", p.Name+".deb")); err != nil {
-			removeTree(stage)
-			return "", fmt.Errorf("copy package %s: %w", p.Name, err)
+			return "", nil, fmt.Errorf("copy package %s: %w", p.Name, err)
 		}
 	}
-	return stage, nil
+	return stage, remove, nil
 }
 
 // mkosi runs mkosi on a staged folder, without a network, and moves the one

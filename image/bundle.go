@@ -15,6 +15,8 @@ import (
 	"regexp"
 	"slices"
 	"time"
+
+	"chrysalis/outfile"
 )
 
 // A bundle is a tar of everything that a lock names, so that an image can be
@@ -191,12 +193,11 @@ func writeBundle(ctx context.Context, out string, files map[string]string, progr
 	if info, err := os.Stat(out); err == nil && !info.Mode().IsRegular() {
 		return &fs.PathError{Op: "write", Path: out, Err: errors.New("there is something that is no file")}
 	}
-	tmp, err := os.CreateTemp(filepath.Dir(out), "."+filepath.Base(out)+"-*")
+	tmp, err := outfile.Create(out)
 	if err != nil {
 		return err
 	}
-	defer os.Remove(tmp.Name())
-	defer tmp.Close()
+	defer tmp.Discard()
 	w := tar.NewWriter(tmp)
 	for _, e := range entries {
 		if err := ctx.Err(); err != nil {
@@ -214,10 +215,10 @@ func writeBundle(ctx context.Context, out string, files map[string]string, progr
 		done += e.size
 		progress("write the bundle", done, total)
 	}
-	if err := errors.Join(w.Close(), tmp.Chmod(0o644), tmp.Sync(), tmp.Close()); err != nil {
+	if err := w.Close(); err != nil {
 		return err
 	}
-	return os.Rename(tmp.Name(), out)
+	return tmp.Commit(0o644, true)
 }
 
 // copyEntry copies a file and checks a package's hash once more on its way: the

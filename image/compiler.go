@@ -106,11 +106,11 @@ func (b *Builder) Helper(ctx context.Context) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	stage, err := os.MkdirTemp(cache, "helper-")
+	stage, remove, err := stageDir(cache, "helper-")
 	if err != nil {
-		return "", fmt.Errorf("make a build folder: %w", err)
+		return "", err
 	}
-	defer removeTree(stage)
+	defer remove()
 	proxy := filepath.Join(stage, "proxy")
 	if err := stageModules(proxy, g, zips); err != nil {
 		return "", fmt.Errorf("lay out the helper's modules: %w", err)

@@ -9,6 +9,8 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"chrysalis/outfile"
 )
 
 // lockFile takes an exclusive lock that ends with the process, waiting for its
@@ -26,6 +28,45 @@ func lockFile(path string) (unlock func(), err error) {
 		return nil, fmt.Errorf("lock %s: %w", path, err)
 	}
 	return func() { f.Close() }, nil
+}
+
+// stageDir makes a folder for one build in a cache, and removes those whose builds
+// were killed. A build holds a lock on its folder, which the kernel drops with it.
+func stageDir(cache, prefix string) (dir string, remove func(), err error) {
+	if err := os.MkdirAll(cache, 0o755); err != nil {
+		return "", nil, err
+	}
+	left, _ := filepath.Glob(filepath.Join(cache, prefix+"[0-9]*"))
+	for _, path := range left {
+		f, err := os.Open(path)
+		if err != nil {
+			continue
+		}
+		if info, err := f.Stat(); err == nil && info.IsDir() && unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB) == nil {
+			removeTree(path) // one that does not go is in nobody's way
+		}
+		f.Close()
+	}
+	for {
+		dir, err := os.MkdirTemp(cache, prefix)
+		if err != nil {
+			return "", nil, fmt.Errorf("make a build folder: %w", err)
+		}
+		f, err := os.Open(dir)
+		if errors.Is(err, os.ErrNotExist) {
+			continue // taken for an abandoned one before it was locked
+		}
+		if err != nil {
+			return "", nil, fmt.Errorf("make a build folder: %w", err)
+		}
+		if unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB) == nil {
+			own, err := f.Stat()
+			if there, e := os.Stat(dir); err == nil && e == nil && os.SameFile(own, there) {
+				return dir, func() { removeTree(dir); f.Close() }, nil
+			}
+		}
+		f.Close()
+	}
 }
 
 // removeTree removes a half-made tree. Debian's trees have folders without
@@ -70,25 +111,15 @@ func replaceFile(from, to string) error {
 		return err
 	}
 	defer in.Close()
-	tmp, err := os.CreateTemp(filepath.Dir(to), "."+filepath.Base(to)+"-*")
+	out, err := outfile.Create(to)
 	if err != nil {
 		return err
 	}
-	defer os.Remove(tmp.Name())
-	defer tmp.Close()
-	if _, err := io.Copy(tmp, in); err != nil {
+	defer out.Discard()
+	if _, err := io.Copy(out, in); err != nil {
 		return err
 	}
-	if err := tmp.Chmod(0o644); err != nil {
-		return err
-	}
-	if err := tmp.Sync(); err != nil {
-		return err
-	}
-	if err := tmp.Close(); err != nil {
-		return err
-	}
-	return os.Rename(tmp.Name(), to)
+	return out.Commit(0o644, true)
 }
 
 // lastLines returns the end of a program's output, for an error.

@@ -262,3 +262,34 @@ func TestDamagedToolsRoot(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// A build folder that a killed build left goes with the next build; one in use stays.
+func TestStageDir(t *testing.T) {
+	cache := t.TempDir()
+	left := filepath.Join(cache, "build-123")
+	if err := os.MkdirAll(filepath.Join(left, "packages"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	other := filepath.Join(cache, "build-notes")
+	if err := os.Mkdir(other, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	one, removeOne, err := stageDir(cache, "build-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	two, removeTwo, err := stageDir(cache, "build-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for path, there := range map[string]bool{left: false, other: true, one: true, two: true} {
+		if _, err := os.Stat(path); (err == nil) != there {
+			t.Errorf("%s: %v", path, err)
+		}
+	}
+	removeOne()
+	removeTwo()
+	if entries, _ := os.ReadDir(cache); len(entries) != 1 {
+		t.Errorf("%v are left", entries)
+	}
+}

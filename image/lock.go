@@ -9,7 +9,6 @@ import (
 	"encoding/base64"
 	"encoding/hex"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -17,6 +16,8 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	"chrysalis/outfile"
 )
 
 // LockName is the lock's file name, at the top of the source tree.
@@ -274,17 +275,8 @@ func (t *Tree) Key(salt string) string {
 
 // WriteLock writes the lock of the source tree at dir.
 func WriteLock(dir string, lock *Lock) error {
-	tmp, err := os.CreateTemp(dir, "."+LockName+"-*")
-	if err != nil {
+	if err := outfile.Write(filepath.Join(dir, LockName), lock.Encode(), 0o644); err != nil {
 		return fmt.Errorf("write the lock: %w", err)
 	}
-	defer os.Remove(tmp.Name())
-	defer tmp.Close()
-	if _, err := tmp.Write(lock.Encode()); err != nil {
-		return fmt.Errorf("write the lock: %w", err)
-	}
-	if err := errors.Join(tmp.Chmod(0o644), tmp.Sync(), tmp.Close()); err != nil {
-		return fmt.Errorf("write the lock: %w", err)
-	}
-	return os.Rename(tmp.Name(), filepath.Join(dir, LockName))
+	return nil
 }

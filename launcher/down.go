@@ -222,10 +222,7 @@ func Status(ctx context.Context, stateDir, name string) ([]State, error) {
 		if len(runs) == 0 {
 			continue
 		}
-		state, err := runs[len(runs)-1].readState()
-		if err != nil {
-			return nil, fmt.Errorf("read the state of the VM %q: %w", n, err)
-		}
+		state, _ := runs[len(runs)-1].lastState()
 		states = append(states, state)
 	}
 	if name != "" && len(states) == 0 {

@@ -143,7 +143,13 @@ func (r run) path(elem ...string) string { return filepath.Join(append([]string{
 // lockFile takes a lock of the file at path, which it makes; how is as in
 // flock(2). With LOCK_NB it returns errLocked when somebody else's is in the way.
 func lockFile(path string, how int) (*os.File, error) {
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
+	return openLock(path, os.O_RDWR|os.O_CREATE, how)
+}
+
+// openLock is lockFile with the flags of open(2): looking at a run must work where
+// nothing can be written any more.
+func openLock(path string, flags, how int) (*os.File, error) {
+	f, err := os.OpenFile(path, flags, 0o600)
 	if err != nil {
 		return nil, err
 	}
@@ -165,12 +171,23 @@ func lockFile(path string, how int) (*os.File, error) {
 
 var errLocked = errors.New("locked")
 
+// runTime is how an ID begins.
+const runTime = "20060102t150405.000"
+
 // newRun makes the folder of a new run and takes its lock, which the caller
 // hands to the supervisor.
 func (s store) newRun(name string, now time.Time) (run, *os.File, error) {
 	var random [3]byte
 	rand.Read(random[:])
-	r := s.run(name, now.UTC().Format("20060102t150405.000")+"-"+hex.EncodeToString(random[:]))
+	// The newest run sorts last even where the clock was set back since another.
+	at := now.UTC().Format(runTime)
+	if earlier, err := s.runs(name); err == nil && len(earlier) > 0 {
+		last, _, _ := strings.Cut(earlier[len(earlier)-1].id, "-")
+		if then, err := time.Parse(runTime, last); err == nil && last >= at {
+			at = then.Add(time.Millisecond).Format(runTime)
+		}
+	}
+	r := s.run(name, at+"-"+hex.EncodeToString(random[:]))
 	// Under another name until the lock is held: a folder whose lock is free
 	// counts as a run that is over.
 	making := filepath.Join(filepath.Dir(r.dir), ".new-"+r.id)
@@ -231,7 +248,7 @@ func (s store) runs(name string) ([]run, error) {
 func (r run) settle() (alive bool, err error) {
 	// Shared, so that two who look at a run that is over do not take each other
 	// for its supervisor.
-	lock, err := lockFile(r.path("lock"), unix.LOCK_SH|unix.LOCK_NB)
+	lock, err := openLock(r.path("lock"), os.O_RDONLY, unix.LOCK_SH|unix.LOCK_NB)
 	if err == errLocked {
 		return true, nil
 	}
@@ -242,25 +259,37 @@ func (r run) settle() (alive bool, err error) {
 		return false, fmt.Errorf("look at the VM's state: %w", err)
 	}
 	defer lock.Close()
-	state, err := r.readState()
-	if err != nil {
-		// up was killed before the supervisor wrote anything.
-		state = State{Name: r.name, Run: r.id}
-	}
-	if state.Life != LifeEnded {
-		state.Life = LifeEnded
-		state.Failed = true
-		state.Ended = "its supervisor is gone: it was killed, or the machine restarted"
-		if state.EndedAt.IsZero() {
-			state.EndedAt = time.Now()
-		}
-		// Somebody else who looks at it may have removed it.
-		if err := r.writeState(state); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	state, changed := r.lastState()
+	if changed {
+		// Somebody else who looks at it may have removed it; and a full or read-only
+		// disk keeps nobody from being told how it ended.
+		err := r.writeState(state)
+		if err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.ENOSPC) && !errors.Is(err, unix.EDQUOT) && !errors.Is(err, unix.EROFS) {
 			return false, err
 		}
 	}
 	r.tidy()
 	return false, nil
+}
+
+// lastState returns the state of a run that is over, and whether that is another
+// than what is written.
+func (r run) lastState() (state State, changed bool) {
+	state, err := r.readState()
+	if err != nil {
+		// up was killed before the supervisor wrote anything, or the disk was full.
+		state = State{Name: r.name, Run: r.id}
+	}
+	if state.Life == LifeEnded {
+		return state, false
+	}
+	state.Life = LifeEnded
+	state.Failed = true
+	state.Ended = "its supervisor is gone: it was killed, or the machine restarted"
+	if state.EndedAt.IsZero() {
+		state.EndedAt = time.Now()
+	}
+	return state, true
 }
 
 // tidy removes what only a live VM needs. Logs and state stay.

@@ -276,3 +276,90 @@ func TestSameAddress(t *testing.T) {
 		}
 	}
 }
+
+// A run made after the clock was set back is the newest all the same.
+func TestClockSetBack(t *testing.T) {
+	dir := t.TempDir()
+	s := store{dir}
+	if err := os.MkdirAll(s.vm("vm"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	var last string
+	for i, at := range []time.Duration{0, -48 * time.Hour, -49 * time.Hour, time.Hour, -time.Hour} {
+		r, lock, err := s.newRun("vm", time.Now().Add(at))
+		if err != nil {
+			t.Fatal(err)
+		}
+		lock.Close()
+		last = r.id
+		all, err := s.runs("vm")
+		if err != nil || len(all) != i+1 || all[i].id != last {
+			t.Fatalf("run %d is %s, of %v; %v", i, last, all, err)
+		}
+	}
+	if err := s.prune("vm"); err != nil {
+		t.Fatal(err)
+	}
+	if states, err := Status(t.Context(), dir, "vm"); err != nil || len(states) != 1 || states[0].Run != last {
+		t.Errorf("%+v, %v", states, err)
+	}
+}
+
+// On a state folder that is full, or read-only, a VM that lives can be seen and
+// stopped, and one that is gone is seen to be gone.
+func TestUnwritableState(t *testing.T) {
+	for _, how := range []string{"full", "read-only"} {
+		t.Run(how, func(t *testing.T) {
+			dir := t.TempDir()
+			if err := unix.Mount("none", dir, "tmpfs", 0, "size=256k"); err != nil {
+				t.Skipf("a small file system cannot be mounted: %v", err)
+			}
+			defer unix.Unmount(dir, unix.MNT_DETACH)
+			s := store{dir}
+			_, dead := testRun(t, s, "dead", LifeReady)
+			dead.Close()
+			r, lock := testRun(t, s, "alive", LifeReady)
+			sup := testSupervisor(t, r)
+			sup.state.Life = LifeReady
+			api, err := sup.serveAPI()
+			if err != nil {
+				t.Fatal(err)
+			}
+			go func() {
+				req := <-sup.stop
+				if req.Timeout != time.Second {
+					t.Errorf("it was asked to %+v", req)
+				}
+				api.Close()
+				lock.Close()
+			}()
+			if how == "full" {
+				f, err := os.Create(filepath.Join(dir, "fill"))
+				if err != nil {
+					t.Fatal(err)
+				}
+				for err == nil {
+					_, err = f.Write(make([]byte, 4096))
+				}
+				f.Close()
+			} else {
+				// Another mount of the same, for the supervisor's own files are open.
+				ro := t.TempDir()
+				for _, flags := range []uintptr{unix.MS_BIND, unix.MS_BIND | unix.MS_REMOUNT | unix.MS_RDONLY} {
+					if err := unix.Mount(dir, ro, "", flags, ""); err != nil {
+						t.Fatal(err)
+					}
+				}
+				defer unix.Unmount(ro, unix.MNT_DETACH)
+				dir = ro
+			}
+			states, err := Status(t.Context(), dir, "")
+			if err != nil || len(states) != 2 || states[0].Life != LifeReady || states[1].Life != LifeEnded {
+				t.Errorf("%+v, %v", states, err)
+			}
+			if err := Down(t.Context(), "alive", DownOptions{StateDir: dir, Timeout: time.Second}); err != nil {
+				t.Errorf("down: %v", err)
+			}
+		})
+	}
+}

@@ -94,9 +94,6 @@ func Pack(ctx context.Context, src string, o PackOptions) (Info, error) {
 		return Info{}, err
 	}
 	info, err := pack(ctx, src, o)
-	if err == nil {
-		err = disk.WriteFragment(o.Out, info.Fragment())
-	}
 	if err != nil {
 		return Info{}, fmt.Errorf("pack model %s: %w", src, err)
 	}
@@ -129,6 +126,10 @@ func pack(ctx context.Context, src string, o PackOptions) (info Info, err error)
 	options := disk.Options{
 		Replace: o.Replace, Salt: salt(o.Name, o.Revision), Progress: o.Progress,
 		Late: late, KeepPartial: o.KeepPartial,
+		Fragment: func(d verity.Description) any {
+			info.Disk = d
+			return info.Fragment()
+		},
 	}
 	if src == "-" {
 		if info.Disk, err = disk.PackStream(ctx, tarEntries(o.Stream, c, o.Exclude, &left), o.Out, options); err != nil {

@@ -164,6 +164,10 @@ func TestPackHub(t *testing.T) {
 				"another folder": func(o PackOptions) (string, PackOptions) { return dir, o },
 				"a tar stream":   func(o PackOptions) (string, PackOptions) { o.Stream = files.tar(); return "-", o },
 				"another order":  func(o PackOptions) (string, PackOptions) { o.Stream = files.tar(names...); return "-", o },
+				"another order, kept": func(o PackOptions) (string, PackOptions) {
+					o.KeepPartial, o.Stream = true, files.tar(names...)
+					return "-", o
+				},
 				"links": func(o PackOptions) (string, PackOptions) {
 					files := files.with("config.json", nil).with(".real/config.json", files["config.json"])
 					dir := files.write(t)

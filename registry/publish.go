@@ -8,6 +8,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io/fs"
 	"math/big"
 	"time"
 
@@ -352,6 +353,10 @@ func (p *Publisher) Send(ctx context.Context, plan *Plan) error {
 					}
 				}
 			}
+		}
+		if local, ok := errors.AsType[*fs.PathError](err); ok {
+			// Asking again does not mend this machine's disk.
+			return errors.Join(ErrUnknown, local, sent)
 		}
 		if err != nil {
 			last = err

@@ -49,3 +49,10 @@ func TestParseStatus(t *testing.T) {
 		t.Error("accepted a status outside the buffer")
 	}
 }
+
+// FuzzParseStatus reads the kernel's answer about a disk.
+func FuzzParseStatus(f *testing.F) {
+	f.Add(status("verity", "V", 0))
+	f.Add(status("verity", "C", 0))
+	f.Fuzz(func(t *testing.T, b []byte) { parseStatus(b) })
+}

@@ -18,15 +18,13 @@ import (
 	"io"
 	"io/fs"
 	"os"
-	"path/filepath"
 	"slices"
-
-	"golang.org/x/sys/unix"
 
 	"chrysalis/image/inspect"
 	"chrysalis/image/profile"
 	"chrysalis/manifest"
 	"chrysalis/models"
+	"chrysalis/outfile"
 	"chrysalis/verity"
 	"chrysalis/verity/disk"
 	"chrysalis/verity/gpt"
@@ -99,20 +97,15 @@ func write(ctx context.Context, o Options) (_ Result, err error) {
 	}
 	defer in.close()
 
-	f, err := os.CreateTemp(filepath.Dir(o.Out), "."+filepath.Base(o.Out)+".*")
+	f, err := outfile.Create(o.Out)
 	if err != nil {
 		return Result{}, err
 	}
-	defer func() {
-		f.Close()
-		if err != nil {
-			os.Remove(f.Name())
-		}
-	}()
+	defer f.Discard()
 	var w io.WriterAt = f
 	finish := func(size int64) (int64, error) { return size, nil }
 	if o.Format == QCOW2 {
-		q := newQCOW2(f)
+		q := newQCOW2(f.File)
 		w, finish = q, q.finish
 	}
 	r, err := in.write(ctx, w, o.Progress)
@@ -123,7 +116,13 @@ func write(ctx context.Context, o Options) (_ Result, err error) {
 	if err != nil {
 		return Result{}, err
 	}
-	return r, commit(f, end, o.Out, o.Replace)
+	if err := f.Truncate(end); err != nil {
+		return Result{}, err
+	}
+	if err = f.Commit(0o644, o.Replace); errors.Is(err, fs.ErrExist) {
+		err = exists(o.Out)
+	}
+	return r, err
 }
 
 // inputs are the open files that go on the disk.
@@ -435,28 +434,6 @@ func readBounded(path string, limit int64) ([]byte, error) {
 		return nil, fmt.Errorf("%s has %d bytes, at most %d are allowed", path, size, limit)
 	}
 	return io.ReadAll(io.LimitReader(f, limit))
-}
-
-// commit gives the file its size, its mode and its name.
-func commit(f *os.File, size int64, path string, replace bool) error {
-	if err := errors.Join(f.Truncate(size), f.Chmod(0o644), f.Sync()); err != nil {
-		return err
-	}
-	flags := uint(unix.RENAME_NOREPLACE)
-	if replace {
-		flags = 0
-	}
-	if err := unix.Renameat2(unix.AT_FDCWD, f.Name(), unix.AT_FDCWD, path, flags); err != nil {
-		if errors.Is(err, fs.ErrExist) {
-			return exists(path)
-		}
-		return &fs.PathError{Op: "name", Path: path, Err: err}
-	}
-	dir, err := os.Open(filepath.Dir(path))
-	if err != nil {
-		return err
-	}
-	return errors.Join(dir.Sync(), dir.Close())
 }
 
 func exists(path string) error {

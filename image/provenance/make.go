@@ -12,6 +12,7 @@ import (
 
 	"chrysalis/image"
 	"chrysalis/models"
+	"chrysalis/outfile"
 	"chrysalis/verity"
 )
 
@@ -118,7 +119,7 @@ func writeManifest(dir, engine string, packed []models.Info) error {
 	if err != nil {
 		return err
 	}
-	if err := writeFile(filepath.Join(dir, manifestFile(engine)), data); err != nil {
+	if err := outfile.Write(filepath.Join(dir, manifestFile(engine)), data, 0o644); err != nil {
 		return fmt.Errorf("write the manifest: %w", err)
 	}
 	return nil

@@ -28,6 +28,7 @@ import (
 
 	"chrysalis/image"
 	"chrysalis/models"
+	"chrysalis/outfile"
 )
 
 // Types and names in a statement.
@@ -249,7 +250,7 @@ func (b Build) WriteSBOMs(dir string) error {
 		if err != nil {
 			return err
 		}
-		if err := writeFile(filepath.Join(dir, name+SBOMSuffix), bom); err != nil {
+		if err := outfile.Write(filepath.Join(dir, name+SBOMSuffix), bom, 0o644); err != nil {
 			return fmt.Errorf("write the SBOM of %s: %w", name, err)
 		}
 	}
@@ -291,7 +292,7 @@ func (b Build) WriteStatement(dir string) (string, error) {
 		return "", err
 	}
 	path := filepath.Join(dir, b.Statement())
-	if err := writeFile(path, data); err != nil {
+	if err := outfile.Write(path, data, 0o644); err != nil {
 		return "", fmt.Errorf("write the provenance: %w", err)
 	}
 	return path, nil
@@ -419,21 +420,4 @@ func (s *Statement) LockSHA256() string {
 // Parameters are what was built.
 func (s *Statement) Parameters() Parameters {
 	return s.Predicate.BuildDefinition.ExternalParameters
-}
-
-// writeFile writes a file that appears at its path when it is whole.
-func writeFile(path string, data []byte) error {
-	tmp, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+"-*")
-	if err != nil {
-		return err
-	}
-	defer os.Remove(tmp.Name())
-	defer tmp.Close()
-	if _, err := tmp.Write(data); err != nil {
-		return err
-	}
-	if err := errors.Join(tmp.Chmod(0o644), tmp.Sync(), tmp.Close()); err != nil {
-		return err
-	}
-	return os.Rename(tmp.Name(), path)
 }

@@ -22,6 +22,7 @@ import (
 	"chrysalis/image"
 	"chrysalis/image/provenance"
 	"chrysalis/image/toolsroot"
+	"chrysalis/outfile"
 )
 
 // Name is the file's name, at the top of the source tree.
@@ -150,19 +151,10 @@ func Parse(data []byte) (*Release, error) {
 
 // Write writes the file into the source tree at dir.
 func (r *Release) Write(dir string) error {
-	tmp, err := os.CreateTemp(dir, "."+Name+"-*")
-	if err != nil {
+	if err := outfile.Write(filepath.Join(dir, Name), r.Encode(), 0o644); err != nil {
 		return fmt.Errorf("write %s: %w", Name, err)
 	}
-	defer os.Remove(tmp.Name())
-	defer tmp.Close()
-	if _, err := tmp.Write(r.Encode()); err != nil {
-		return fmt.Errorf("write %s: %w", Name, err)
-	}
-	if err := errors.Join(tmp.Chmod(0o644), tmp.Sync(), tmp.Close()); err != nil {
-		return fmt.Errorf("write %s: %w", Name, err)
-	}
-	return os.Rename(tmp.Name(), filepath.Join(dir, Name))
+	return nil
 }
 
 // Diff says in words what differs from one description to another, a value a

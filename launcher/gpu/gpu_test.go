@@ -2,6 +2,7 @@ package gpu_test
 
 import (
 	"context"
+	"errors"
 	"os"
 	"path/filepath"
 	"slices"
@@ -229,10 +230,173 @@ func TestPrepareUndone(t *testing.T) {
 			if got := state(t, tree); got != before {
 				t.Errorf("%q, before %q", got, before)
 			}
-			if files, _ := filepath.Glob(filepath.Join(dirState, "gpus", "*")); len(files) != 0 {
+			if files, _ := filepath.Glob(filepath.Join(dirState, "gpus", "*.json")); len(files) != 0 {
 				t.Errorf("%v is still there", files)
 			}
 		})
+	}
+}
+
+// killed carries a plan out until the kernel or the tool is asked for the nth time,
+// and then no further: nothing is undone either. It reports whether it got that far.
+func killed(t *testing.T, tree *gputest.Tree, n int, plan *gpu.Plan) (reached bool) {
+	t.Helper()
+	write, run := tree.Write, tree.Run
+	defer func() {
+		tree.Write, tree.Run = write, run
+		if p := recover(); p == "killed" {
+			reached = true
+		} else if p != nil {
+			panic(p)
+		}
+	}()
+	count := func() {
+		if n--; n == 0 {
+			panic("killed")
+		}
+	}
+	tree.Write = func(path, data string) error { count(); return write(path, data) }
+	tree.Run = func(argv ...string) error { count(); return run(argv...) }
+	if err := do(t, plan); err != nil {
+		t.Fatal(err)
+	}
+	return false
+}
+
+// Wherever prepare or release is killed, either of them can be run next, and what
+// the GPU was at first is not forgotten.
+func TestKilled(t *testing.T) {
+	dir, digest := tools(t)
+	for _, first := range []string{"prepare", "release"} {
+		for _, next := range []string{"prepare", "release"} {
+			t.Run(first+", then "+next, func(t *testing.T) {
+				points := 0
+				for at, more := 1, true; more; at++ {
+					tree := gputest.New(t)
+					tree.Add(address, "42")
+					before := state(t, tree)
+					o := gpu.Options{StateDir: t.TempDir(), Mode: gpu.ModeOn, Tools: dir, ToolsSHA256: digest}
+					plans := map[string]func() (*gpu.Plan, error){
+						"prepare": func() (*gpu.Plan, error) { return tree.Prepare(address, o) },
+						"release": func() (*gpu.Plan, error) { return tree.Release(address, o.StateDir) },
+					}
+					must := func(what string) {
+						t.Helper()
+						plan, err := plans[what]()
+						if err == nil {
+							err = do(t, plan)
+						}
+						if err != nil {
+							t.Fatalf("killed at %d, then %s: %v", at, what, err)
+						}
+					}
+					if first == "release" {
+						must("prepare")
+					}
+					plan, err := plans[first]()
+					if err != nil {
+						t.Fatal(err)
+					}
+					if more = killed(t, tree, at, plan); !more {
+						break
+					}
+					points++
+					must(next)
+					if next == "prepare" {
+						if got := state(t, tree); got != "vfio-pci on vfio-pci" {
+							t.Errorf("killed at %d: %q", at, got)
+						}
+						must("release")
+					}
+					if got := state(t, tree); got != before {
+						t.Errorf("killed at %d: %q after release, before %q", at, got, before)
+					}
+				}
+				if points < 4 {
+					t.Errorf("only %d points", points)
+				}
+			})
+		}
+	}
+}
+
+// A second prepare that fails does not forget what the first one found.
+func TestSecondPrepareFails(t *testing.T) {
+	tree := gputest.New(t)
+	tree.Add(address, "42")
+	before := state(t, tree)
+	dir, digest := tools(t)
+	o := gpu.Options{StateDir: t.TempDir()}
+	for _, mode := range []gpu.Mode{"", gpu.ModeOn} {
+		o.Mode, o.Tools, o.ToolsSHA256 = mode, dir, digest
+		plan, err := tree.Prepare(address, o)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if mode == gpu.ModeOn {
+			tree.Tool = func([]string) error { return os.ErrInvalid }
+		}
+		if err := do(t, plan); (err == nil) != (mode == "") {
+			t.Fatal(err)
+		}
+	}
+	plan, err := tree.Release(address, o.StateDir)
+	if err == nil {
+		err = do(t, plan)
+	}
+	if err != nil || state(t, tree) != before {
+		t.Errorf("%v: %q, before %q", err, state(t, tree), before)
+	}
+}
+
+// Of two at once, one does it, and the plan of one that comes late is made anew.
+func TestPrepareTogether(t *testing.T) {
+	tree := gputest.New(t)
+	tree.Add(address, "42")
+	before := state(t, tree)
+	o := gpu.Options{StateDir: t.TempDir()}
+	first, err := tree.Prepare(address, o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	second, err := tree.Prepare(address, o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	err = first.Do(t.Context(), func(what string) {
+		if err := do(t, second); !errors.Is(err, gpu.ErrBusy) {
+			t.Errorf("at %q: %v", what, err)
+		}
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := do(t, second); err != nil || state(t, tree) != "vfio-pci off vfio-pci" {
+		t.Errorf("afterwards: %v, %s", err, state(t, tree))
+	}
+	plan, err := tree.Release(address, o.StateDir)
+	if err == nil {
+		err = do(t, plan)
+	}
+	if err != nil || state(t, tree) != before {
+		t.Errorf("%v: %q, before %q", err, state(t, tree), before)
+	}
+}
+
+// A record that cannot be read is not taken for none.
+func TestDamagedRecord(t *testing.T) {
+	tree := gputest.New(t)
+	tree.Add(address, "42")
+	o := gpu.Options{StateDir: t.TempDir()}
+	path := filepath.Join(o.StateDir, "gpus", address+".json")
+	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(path, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := tree.Prepare(address, o); err == nil || !strings.Contains(err.Error(), path) {
+		t.Error(err)
 	}
 }
 

@@ -15,14 +15,23 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	"golang.org/x/sys/unix"
+
+	"chrysalis/outfile"
 )
 
 // Plan is what Prepare and Release do, in order.
 type Plan struct {
 	Steps []Step
 
-	host *Host
+	host  *Host
+	lock  string                // a file that is locked while a plan for this GPU is carried out
+	again func() (*Plan, error) // the plan for how things are now
 }
+
+// ErrBusy is Do's answer while another program prepares or releases the GPU.
+var ErrBusy = errors.New("another 'chrysalis gpu' is at work on this GPU; wait for it")
 
 // Step is one thing that a plan does.
 type Step struct {
@@ -58,6 +67,8 @@ func recordPath(dir, address string) string {
 	return filepath.Join(dir, "gpus", address+".json")
 }
 
+func lockPath(dir, address string) string { return filepath.Join(dir, "gpus", address+".lock") }
+
 // Prepare plans how to hand a GPU to VMs: away from its driver, into the mode
 // that is asked for, to vfio-pci. It refuses, and does nothing, while the GPU is
 // in use, drives a display, has no IOMMU group, or has neighbours in its group
@@ -70,7 +81,10 @@ func (h *Host) Prepare(address string, o Options) (*Plan, error) {
 	if err := h.refuse(g); err != nil {
 		return nil, err
 	}
-	p := &Plan{host: h}
+	p := &Plan{
+		host: h, lock: lockPath(o.StateDir, g.Address),
+		again: func() (*Plan, error) { return h.Prepare(address, o) },
+	}
 	o.ToolsSHA256 = strings.ToLower(o.ToolsSHA256)
 	change := o.Mode != "" && o.Mode != g.Mode
 	if o.Mode != "" && o.Mode != ModeOn && o.Mode != ModeOff {
@@ -96,7 +110,13 @@ func (h *Host) Prepare(address string, o Options) (*Plan, error) {
 	}
 	path := recordPath(o.StateDir, g.Address)
 	// What was before the first of several calls is what Release restores.
-	if earlier, err := readRecord(path); err == nil {
+	forget := func() error { return os.Remove(path) }
+	earlier, err := readRecord(path)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("what the GPU was before cannot be read: %w; remove the file to take what it is now for that", err)
+	}
+	if err == nil {
+		forget = func() error { return writeRecord(path, earlier) }
 		if r.Mode == "" || earlier.Mode != "" {
 			r.Mode = earlier.Mode
 		}
@@ -105,7 +125,7 @@ func (h *Host) Prepare(address string, o Options) (*Plan, error) {
 		}
 		r.Driver, r.Override = earlier.Driver, earlier.Override
 	}
-	p.step("remember what was, in "+path, func() error { return writeRecord(path, r) }, func() error { return os.Remove(path) })
+	p.step("remember what was, in "+path, func() error { return writeRecord(path, r) }, forget)
 	if _, err := os.Stat(h.path("sys/bus/pci/drivers", driverVFIO)); errors.Is(err, fs.ErrNotExist) {
 		p.step("modprobe "+driverVFIO, func() error { return h.run("modprobe", driverVFIO) }, nil)
 	}
@@ -152,7 +172,10 @@ func (h *Host) Release(address, stateDir string) (*Plan, error) {
 	if len(g.Processes) > 0 {
 		return nil, fmt.Errorf("GPU %s is in use by %s; stop it first, for a VM with 'chrysalis down'", g.Address, strings.Join(g.Processes, ", "))
 	}
-	p := &Plan{host: h}
+	p := &Plan{
+		host: h, lock: lockPath(stateDir, g.Address),
+		again: func() (*Plan, error) { return h.Release(address, stateDir) },
+	}
 	if g.Driver != "" && g.Driver != r.Driver {
 		p.write(h.device(g.Address, "driver", "unbind"), g.Address, nil)
 	}
@@ -245,8 +268,28 @@ func (p *Plan) setMode(address string, from, to Mode, tools, digest string) {
 }
 
 // Do carries the plan out, telling each step first. When one fails, what was done
-// is undone, last first.
+// is undone, last first. Nobody else changes the GPU meanwhile, and if somebody has
+// since the plan was made, another one is made and carried out.
 func (p *Plan) Do(ctx context.Context, tell func(string)) error {
+	if len(p.Steps) == 0 {
+		return nil
+	}
+	if err := os.MkdirAll(filepath.Dir(p.lock), 0o700); err != nil {
+		return err
+	}
+	lock, err := os.OpenFile(p.lock, os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
+	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); errors.Is(err, unix.EWOULDBLOCK) {
+		return ErrBusy
+	} else if err != nil {
+		return fmt.Errorf("lock %s: %w", p.lock, err)
+	}
+	if p, err = p.again(); err != nil {
+		return err
+	}
 	for i, s := range p.Steps {
 		err := ctx.Err()
 		if err == nil {
@@ -463,5 +506,5 @@ func writeRecord(path string, r record) error {
 	if err != nil {
 		return err
 	}
-	return os.WriteFile(path, data, 0o600)
+	return outfile.Write(path, data, 0o600)
 }

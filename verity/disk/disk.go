@@ -71,6 +71,10 @@ type Options struct {
 	Resume string
 	// KeepPartial keeps the unfinished disk after an error, too.
 	KeepPartial bool
+	// Fragment, if set, says what a file beside the disk, out with FragmentSuffix, is
+	// to hold as JSON. It is written before the disk gets its name: who finds a disk
+	// finds its fragment, and a run that is killed between the two can be repeated.
+	Fragment func(verity.Description) any
 }
 
 // SparseEntry reports whether a tar entry is a sparse file: a few bytes of a stream

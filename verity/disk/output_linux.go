@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"chrysalis/outfile"
 	"chrysalis/verity"
 )
 
@@ -23,9 +24,10 @@ import (
 type output struct {
 	*os.File
 	path    string
-	keep    string // its name while it is unfinished and may be kept, or ""
-	replace bool   // path may be taken: what is there gives way to the whole file
-	temp    string // its name meanwhile, or "" with O_TMPFILE or after commit
+	keep    string        // its name while it is unfinished and may be kept, or ""
+	replace bool          // path may be taken: what is there gives way to the whole file
+	hidden  *outfile.File // nil with O_TMPFILE, and for one that may be kept
+	temp    string        // the name of one that may be kept, or "" after commit
 
 	direct  *os.File   // the same file, past the page cache; nil where that cannot be
 	writing sync.Mutex // held while a group goes through the page cache
@@ -34,7 +36,7 @@ type output struct {
 func createOutput(path string, replace bool) (*output, error) {
 	dir := filepath.Dir(path)
 	if replace {
-		return createNamed(path, replace) // a file without a name cannot take another's
+		return named(path, replace) // a file without a name cannot take another's
 	}
 	if _, err := os.Lstat(path); err == nil {
 		return nil, exists(path)
@@ -48,7 +50,7 @@ func createOutput(path string, replace bool) (*output, error) {
 	if !errors.Is(err, unix.EOPNOTSUPP) && !errors.Is(err, unix.EISDIR) && !errors.Is(err, unix.EINVAL) {
 		return nil, &fs.PathError{Op: "create a file in", Path: dir, Err: err}
 	}
-	return createNamed(path, replace)
+	return named(path, replace)
 }
 
 // openOutput opens the disk to be made at path: without a name where nothing of
@@ -189,19 +191,34 @@ func temporary(path string) (*os.File, error) {
 	return f, nil
 }
 
-func createNamed(path string, replace bool) (*output, error) {
-	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+".*")
+// named makes an output of a file that has a hidden name until it is whole.
+func named(path string, replace bool) (*output, error) {
+	f, err := outfile.Create(path)
 	if err != nil {
 		return nil, err
 	}
-	if err := f.Chmod(0o644); err != nil {
-		return nil, errors.Join(err, f.Close(), os.Remove(f.Name()))
-	}
-	return &output{File: f, path: path, replace: replace, temp: f.Name()}, nil
+	return &output{File: f.File, path: path, replace: replace, hidden: f}, nil
 }
 
 func exists(path string) error {
 	return fmt.Errorf("%s: %w: remove it or choose another name", path, fs.ErrExist)
+}
+
+// commit writes the fragment of what is whole now, and gives it its name.
+func (p *packer) commit(d verity.Description) error {
+	if p.o.Fragment != nil {
+		// Another program may have made a disk of that name, with its own fragment.
+		if _, err := os.Lstat(p.file.path); err == nil && !p.o.Replace {
+			return exists(p.file.path)
+		}
+		if err := p.file.Sync(); err != nil { // so that the fragment is not of a disk that never comes
+			return err
+		}
+		if err := writeFragment(p.file.path, p.o.Fragment(d)); err != nil {
+			return err
+		}
+	}
+	return p.file.commit()
 }
 
 // commit syncs the file, gives it its name unless that is taken by now, and
@@ -211,6 +228,13 @@ func (o *output) commit() error {
 		return err
 	}
 	var err error
+	if o.hidden != nil {
+		if err := o.hidden.Commit(0o644, o.replace); errors.Is(err, fs.ErrExist) {
+			return exists(o.path)
+		} else {
+			return err
+		}
+	}
 	if o.replace {
 		err = os.Rename(o.temp, o.path)
 	} else if o.temp == "" {
@@ -237,6 +261,13 @@ func (o *output) commit() error {
 
 // discard closes the file and, unless commit named it, removes it.
 func (o *output) discard() error {
+	if o.hidden != nil {
+		if o.direct != nil {
+			o.direct.Close()
+		}
+		o.hidden.Discard()
+		return nil
+	}
 	err := o.close()
 	if o.temp != "" {
 		err = errors.Join(err, os.Remove(o.temp))
@@ -252,19 +283,12 @@ func (o *output) discard() error {
 // FragmentSuffix is what the name of a disk's fragment has behind the disk's own.
 const FragmentSuffix = ".json"
 
-// WriteFragment writes what is to be known of the disk at path to a file beside it,
+// writeFragment writes what is to be known of the disk at path to a file beside it,
 // in whose place it comes as a whole.
-func WriteFragment(path string, v any) error {
+func writeFragment(path string, v any) error {
 	data, err := json.MarshalIndent(v, "", "  ")
 	if err != nil {
 		return err
 	}
-	f, err := createNamed(path+FragmentSuffix, true)
-	if err != nil {
-		return err
-	}
-	if _, err = f.Write(append(data, '\n')); err == nil {
-		err = f.commit()
-	}
-	return errors.Join(err, f.discard())
+	return outfile.Write(path+FragmentSuffix, append(data, '\n'), 0o644)
 }

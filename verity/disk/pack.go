@@ -571,7 +571,7 @@ func pack(ctx context.Context, entries []Entry, out string, o Options) (d verity
 	if d, err = p.finish(nil); err != nil {
 		return d, f.explain(err, layout.Size)
 	}
-	if err := f.commit(); err != nil {
+	if err := p.commit(d); err != nil {
 		return d, f.explain(err, layout.Size)
 	}
 	return d, nil
@@ -630,7 +630,7 @@ func packStream(ctx context.Context, next func() (Entry, io.Reader, error), out 
 	if d, err = p.finish(leaves); err != nil {
 		return d, f.explain(err, 0)
 	}
-	if err := f.commit(); err != nil {
+	if err := p.commit(d); err != nil {
 		return d, f.explain(err, 0)
 	}
 	return d, nil
@@ -750,6 +750,7 @@ func (p *packer) repack(out string) (verity.Description, error) {
 	}
 	o := p.o
 	o.Progress = nil
+	o.KeepPartial = false // what would be kept is what this is made from
 	return pack(p.ctx, entries, out, o)
 }
 
