@@ -7,6 +7,7 @@
 #   make repro   two builds in different conditions, compared bit for bit
 #   make contract the contracts' code, from their source
 #   make bench   the figures of docs/performance.md
+#   make soak    ten minutes of load and attacks, on the parts and on a VM
 #   make gpu-smoke  the GPU helper's read-only calls on this machine's own GPUs
 #   make lint    formatting, vet and static checks
 #   make clean   what make made in this folder; caches stay
@@ -17,7 +18,7 @@ mirrors = $(foreach m,$(MIRROR),--mirror $(m))
 
 chrysalis = bin/chrysalis
 
-.PHONY: demo test image release repro contract bench gpu-smoke lint clean deps test-deps
+.PHONY: demo test image release repro contract bench soak gpu-smoke lint clean deps test-deps
 
 deps:
 	@ci/install-deps build
@@ -53,6 +54,10 @@ repro: deps
 bench: image
 	@$(chrysalis) image build --profile bench --image-only $(mirrors) >/dev/null
 	@go run ./ci/bench
+
+soak: test-deps image
+	@go run ./ci/soak
+	@CHRYSALIS_REQUIRE_VM=1 CHRYSALIS_SOAK=10m go test -count=1 -v -timeout 40m -run 'TestCrowd$$' ./ci/vmtest
 
 gpu-smoke: test-deps
 	@ci/gpu-smoke
