@@ -206,7 +206,7 @@ func agent(dir string, concurrency int) error {
 		return err
 	}
 	limits := manifest.DefaultLimits
-	limits.Concurrency, limits.IdleSeconds = concurrency, 10
+	limits.Concurrency, limits.IdleSeconds = concurrency, 20
 	var hashes []string
 	for _, token := range tokens() {
 		hashes = append(hashes, manifest.TokenHash(token))
