@@ -6,8 +6,9 @@
 #   make release the same, and their hashes, in release.json, to be committed
 #   make repro   two builds in different conditions, compared bit for bit
 #   make contract the contracts' code, from their source
-#   make soak    what takes hours: faults at every call, defences taken out, long fuzzing
 #   make bench   the figures of docs/performance.md
+#   make soak    what takes hours: load and attacks, faults at every call, defences
+#                taken out, long fuzzing
 #   make gpu-smoke  the GPU helper's read-only calls on this machine's own GPUs
 #   make lint    formatting, vet and static checks
 #   make clean   what make made in this folder; caches stay
@@ -18,7 +19,7 @@ mirrors = $(foreach m,$(MIRROR),--mirror $(m))
 
 chrysalis = bin/chrysalis
 
-.PHONY: demo test soak image release repro contract bench gpu-smoke lint clean deps test-deps
+.PHONY: demo test test-images soak image release repro contract bench gpu-smoke lint clean deps test-deps
 
 deps:
 	@ci/install-deps build
@@ -33,6 +34,9 @@ $(chrysalis): deps
 
 image: $(chrysalis)
 	@$(chrysalis) image build $(mirrors)
+
+# What only tests boot.
+test-images: image
 	@$(chrysalis) image build --profile debug --image-only $(mirrors) >/dev/null
 	@$(chrysalis) image build --profile gputest --image-only $(mirrors) >/dev/null
 
@@ -43,11 +47,13 @@ release: $(chrysalis)
 demo: image
 	@ci/demo
 
-test: test-deps image
+test: test-deps test-images
 	@ci/test
 
 # The fuzzing goes on where it was interrupted; out/fuzz.json says what is done.
-soak: test-deps image
+soak: test-deps test-images
+	@go run ./ci/soak
+	@CHRYSALIS_REQUIRE_VM=1 CHRYSALIS_SOAK=10m go test -count=1 -v -timeout 40m -run 'TestCrowd$$' ./ci/vmtest
 	@CHRYSALIS_FAULT_POINTS=200 CHRYSALIS_REQUIRE_VM=1 go test -count=1 -timeout 3h -v ./ci/fault
 	@go run ./ci/mutate
 	@go run ./ci/fuzz -state out/fuzz.json 300

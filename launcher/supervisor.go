@@ -435,6 +435,13 @@ func (s *supervisor) boot(v *vm, platform Platform) error {
 		}
 	}
 	if transport == TransportUser {
+		// It has a descriptor for each connection. Go raises its own limit, but gives
+		// children the old one unless it was set by hand.
+		var files syscall.Rlimit
+		if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &files); err == nil {
+			files.Cur = files.Max
+			_ = syscall.Setrlimit(syscall.RLIMIT_NOFILE, &files)
+		}
 		v.device, err = s.start("vhost-device-vsock", toolsroot.Command{
 			Args: []string{"vhost-device-vsock", "--vm",
 				fmt.Sprintf("guest-cid=%d,uds-path=%s/vsock.sock,socket=%s", cid, insideIO, insideVsock)},

@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"encoding/base64"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"net/url"
 	"os"
@@ -85,6 +86,9 @@ func FindInFiles(dir string, secret []byte) (found []string, size int64, err err
 			return err
 		}
 		data, err := os.ReadFile(path)
+		if errors.Is(err, os.ErrNotExist) {
+			return nil // written under a name for the time being
+		}
 		if err != nil {
 			return err
 		}

@@ -37,7 +37,7 @@ import (
 )
 
 func main() {
-	c := load.Config{Model: model, Pause: 100 * time.Millisecond, Events: 100}
+	c := load.Config{Model: model, Pause: 500 * time.Millisecond, Events: 20}
 	role := flag.String("role", "", "run one of the parts: agent, relay, engine")
 	dir := flag.String("dir", "", "where the parts meet")
 	attacks := flag.Bool("attacks", true, "attack as well")
@@ -206,7 +206,7 @@ func agent(dir string, concurrency int) error {
 		return err
 	}
 	limits := manifest.DefaultLimits
-	limits.Concurrency, limits.IdleSeconds = concurrency, 10
+	limits.Concurrency, limits.IdleSeconds = concurrency, 20
 	var hashes []string
 	for _, token := range tokens() {
 		hashes = append(hashes, manifest.TokenHash(token))
