@@ -91,3 +91,23 @@ func TestStandIns(t *testing.T) {
 		}
 	}
 }
+
+func TestOtherGPUs(t *testing.T) {
+	for name, tt := range map[string]struct {
+		n    int
+		bars []uint64
+		want int
+	}{
+		"none": {0, nil, 6}, "one of a shape": {1, barsH100, 6}, "one of no shape": {3, barsH100, 7},
+	} {
+		list := OtherGPUs(tt.n, tt.bars)
+		if len(list) != tt.want {
+			t.Errorf("%s: %+v", name, list)
+		}
+		for _, s := range list {
+			if s.GPUs == tt.n && (s.GPUs == 0 || s.GPUBARs[1] == tt.bars[1]) {
+				t.Errorf("%s: %+v is no other", name, s)
+			}
+		}
+	}
+}

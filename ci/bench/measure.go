@@ -27,7 +27,7 @@ import (
 const predictTen = "CHRYSALIS_BENCH_PREDICT"
 
 // predict makes the record of the image and ten shapes, as 'chrysalis measure'
-// does; there are not that many published ones.
+// does: the published ones, and more where those are fewer.
 func predict() error {
 	lock, err := image.ParseLock(chrysalis.ImageLock)
 	if err != nil {

@@ -51,7 +51,7 @@ func TestPredictedGPUs(t *testing.T) {
 				t.Fatal(err)
 			}
 			// Where devices are placed depends on neither, and this machine has less.
-			shape.VCPUs, shape.Memory = 2, 512<<20
+			shape.VCPUs, shape.Memory = 1, 256<<20
 			a := plan.Artefacts(record.TPM, record.BootKernel, 1, shape)
 			a.Platform, a.Firmware = launcher.PlatformTCG, "/usr/share/ovmf/OVMF.fd"
 			binds := append(disks(llama, llama, demo), toolsroot.Bind{Host: uki, Inside: "/vm/image.efi"})
@@ -69,9 +69,12 @@ func TestPredictedGPUs(t *testing.T) {
 			vm := startQEMU(t, serveGPUs(t, argv, dir, shape.GPUBARs), binds...)
 			var memory, dsdt []byte
 			want := tableOf(t, tables.Files["etc/acpi/tables"], "DSDT")
+			begin := time.Now()
+			vm.await(func() bool { return strings.Contains(vm.devices(), "BAR4: 64 bit prefetchable memory at 0x38") })
+			t.Logf("the firmware has placed the devices after %v", time.Since(begin))
 			looked := time.Now()
 			vm.await(func() bool {
-				if time.Since(looked) < 5*time.Second {
+				if time.Since(looked) < 2*time.Second {
 					return false
 				}
 				looked = time.Now()
@@ -80,6 +83,7 @@ func TestPredictedGPUs(t *testing.T) {
 				vm.execute("cont", nil)
 				return dsdt != nil
 			})
+			t.Logf("and has its tables after %v", time.Since(begin))
 			if err := sameTable(dsdt, want); err != nil {
 				t.Errorf("DSDT: %v; the devices are\n%s", err, vm.devices())
 			}
