@@ -154,7 +154,7 @@ func (vm *handVM) dialPort(port uint32, limit time.Duration) (net.Conn, error) {
 // it gives the VM is 73 years ahead.
 func TestHostileHost(t *testing.T) {
 	vm := bootByHand(t, uki, func(argv []string) []string {
-		return append(argv, "-rtc", "base=2099-12-31T23:59:30", "-device", "pcie-root-port,id=port,bus=pcie.0,chassis=9,addr=0x1e")
+		return append(argv, "-rtc", "base=2099-12-31T23:59:30", "-device", "pcie-root-port,id=spare,bus=pcie.0,chassis=9,addr=0x1e")
 	})
 	vm.serves()
 
@@ -259,7 +259,7 @@ func TestHostileHost(t *testing.T) {
 		vm.well(t)
 	})
 	t.Run("devices that are plugged in", func(t *testing.T) {
-		vm.execute("device_add", map[string]any{"driver": "virtio-net-pci", "id": "plugged", "bus": "port"})
+		vm.execute("device_add", map[string]any{"driver": "virtio-net-pci", "id": "plugged", "bus": "spare"})
 		time.Sleep(12 * time.Second) // the agent looks every 10 s
 		vm.well(t)
 		var answer struct{ Status string }
