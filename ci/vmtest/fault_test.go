@@ -1,7 +1,6 @@
 package vmtest
 
 import (
-	"bufio"
 	"bytes"
 	"context"
 	"crypto/rand"
@@ -14,8 +13,8 @@ import (
 	"net"
 	"net/http"
 	"os"
-	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -154,7 +153,7 @@ func (vm *handVM) dialPort(port uint32, limit time.Duration) (net.Conn, error) {
 // it gives the VM is 73 years ahead.
 func TestHostileHost(t *testing.T) {
 	vm := bootByHand(t, uki, func(argv []string) []string {
-		return append(argv, "-rtc", "base=2099-12-31T23:59:30", "-device", "pcie-root-port,id=port,bus=pcie.0,chassis=9,addr=0x1e")
+		return append(argv, "-rtc", "base=2099-12-31T23:59:30", "-device", "pcie-root-port,id=spare,bus=pcie.0,chassis=9,addr=0x1e")
 	})
 	vm.serves()
 
@@ -259,7 +258,7 @@ func TestHostileHost(t *testing.T) {
 		vm.well(t)
 	})
 	t.Run("devices that are plugged in", func(t *testing.T) {
-		vm.execute("device_add", map[string]any{"driver": "virtio-net-pci", "id": "plugged", "bus": "port"})
+		vm.execute("device_add", map[string]any{"driver": "virtio-net-pci", "id": "plugged", "bus": "spare"})
 		time.Sleep(12 * time.Second) // the agent looks every 10 s
 		vm.well(t)
 		var answer struct{ Status string }
@@ -364,53 +363,57 @@ func TestReadErrors(t *testing.T) {
 	}
 }
 
-// TestKilledWhileBooting kills QEMU at several points of the boot. Each time `up`
-// says so, nothing is left, and the next one starts as if nothing had been.
+// TestKilledWhileBooting kills QEMU at several points of the boot, which the debug
+// image tells on its console. Each time `up` says so, nothing is left, and the next
+// one starts as if nothing had been.
 func TestKilledWhileBooting(t *testing.T) {
 	t.Parallel()
 	h := newHost(t)
 	engine := testEngine(t, "serve")
-	for _, phase := range []string{"", "platform", "engine", "ready"} {
-		name := phase
-		if name == "" {
-			name = "firmware and kernel"
-		}
-		t.Run(name, func(t *testing.T) {
-			cmd := exec.CommandContext(t.Context(), program, "up", "--json", "--listen", "127.0.0.1:0", "--timeout", "4m", "--image", uki, "--engine", engine, "--model", demo)
-			cmd.Dir = source
-			cmd.Env = append(os.Environ(), "XDG_STATE_HOME="+h.dir)
-			out, err := cmd.StdoutPipe()
-			if err != nil {
-				t.Fatal(err)
-			}
-			var stderr bytes.Buffer
-			cmd.Stderr = &stderr
-			if err := cmd.Start(); err != nil {
-				t.Fatal(err)
-			}
+	image := filepath.Join(filepath.Dir(uki), "chrysalis-debug.efi")
+	for _, at := range []struct{ name, console string }{
+		{"firmware", ""},
+		{"kernel", "Linux version"},
+		{"devices", "agent: phase devices"},
+		{"platform", "agent: phase platform"},
+		{"disks", "agent: phase disks"},
+		{"engine", "agent: phase engine"},
+		{"serve", "agent: phase serve"},
+	} {
+		t.Run(at.name, func(t *testing.T) {
+			var r result
+			var up sync.WaitGroup
+			up.Go(func() {
+				r = h.run(4*time.Minute, "up", "--listen", "127.0.0.1:0", "--timeout", "3m", "--image", image, "--engine", engine, "--model", demo)
+			})
 			killed := false
-			if phase == "" {
-				for range 600 {
-					time.Sleep(50 * time.Millisecond)
-					if h.qemu() != 0 {
-						break
-					}
+			for deadline := time.Now().Add(3 * time.Minute); !killed && time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
+				if h.qemu() == 0 {
+					continue
 				}
-				time.Sleep(1500 * time.Millisecond)
-				killed = h.killQEMU()
-			}
-			lines := bufio.NewScanner(out)
-			for lines.Scan() {
-				if line := lines.Text(); !killed && (strings.Contains(line, `"phase":"`+phase+`"`) || phase == "ready" && strings.Contains(line, `"event":"ready"`)) {
+				if at.console == "" {
+					time.Sleep(time.Second)
+					killed = h.killQEMU()
+					continue
+				}
+				runs, err := filepath.Glob(filepath.Join(h.dir, "chrysalis", "vms", "*", "runs", "*"))
+				if err != nil || len(runs) == 0 {
+					t.Errorf("there is a QEMU and no run: %v", err)
+					break
+				}
+				// Runs are named by their time, and earlier ones may be kept.
+				data, err := os.ReadFile(filepath.Join(slices.Max(runs), "io", "console.log"))
+				if err == nil && bytes.Contains(data, []byte(at.console)) {
 					killed = h.killQEMU()
 				}
 			}
-			err = cmd.Wait()
+			up.Wait()
 			if !killed {
-				t.Fatalf("QEMU was not killed: %v %s", err, stderr.String())
+				t.Fatalf("QEMU was not killed: %s", r)
 			}
-			if phase != "ready" && (err == nil || !strings.Contains(stderr.String(), "QEMU exited without saying why")) {
-				t.Errorf("up: %v: %s", err, stderr.String())
+			// The last phase is over in a moment: `up` may have succeeded by then.
+			if r.code == 0 && at.name != "serve" || r.code != 0 && !strings.Contains(r.stderr, "QEMU exited without saying why") {
+				t.Errorf("up: %s", r)
 			}
 			h.noProcesses()
 			if r := h.run(time.Minute, "status", "default"); !strings.Contains(r.stdout, "failed") {
@@ -418,6 +421,7 @@ func TestKilledWhileBooting(t *testing.T) {
 			}
 		})
 	}
+	h.up("--engine", engine, "--model", demo)
 }
 
 // killQEMU kills this host's QEMU and says whether there was one.

@@ -30,8 +30,8 @@ type vsockDevice struct {
 }
 
 type memoryRegion struct {
-	user, size uint64 // where QEMU has it
-	data       []byte
+	guest, user, size uint64 // where the VM and QEMU have it
+	data              []byte
 }
 
 // ring is a virtqueue: of 16-byte descriptors, little-endian throughout.
@@ -138,15 +138,17 @@ func (d *vsockDevice) handle(request uint32, body []byte, fds []int) (reply []by
 	case 24: // GET_CONFIG: the VM's CID
 		copy(body[12:], number(guestCID))
 		return body, nil
-	case 5: // SET_MEM_TABLE
+	case 5: // SET_MEM_TABLE; what an earlier one has mapped stays
+		d.regions = nil
 		for i := range int(word(0)) {
 			r := body[8+32*i:]
-			size, user, offset := binary.LittleEndian.Uint64(r[8:]), binary.LittleEndian.Uint64(r[16:]), binary.LittleEndian.Uint64(r[24:])
+			guest, size := binary.LittleEndian.Uint64(r), binary.LittleEndian.Uint64(r[8:])
+			user, offset := binary.LittleEndian.Uint64(r[16:]), binary.LittleEndian.Uint64(r[24:])
 			data, err := unix.Mmap(fds[i], 0, int(size+offset), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
 			if err != nil {
 				return nil, err
 			}
-			d.regions = append(d.regions, memoryRegion{user, size, data[offset:]})
+			d.regions = append(d.regions, memoryRegion{guest, user, size, data[offset:]})
 		}
 	case 8: // SET_VRING_NUM
 		queue().num = int(word(1))
@@ -189,13 +191,15 @@ func (d *vsockDevice) at(user uint64) []byte {
 	return nil
 }
 
-// guest returns the VM's memory from an address of the VM's on. A small VM has
-// one region, which begins at zero.
+// guest returns the VM's memory from an address of the VM's on, up to its
+// region's end.
 func (d *vsockDevice) guest(address uint64) []byte {
-	if len(d.regions) == 0 || address >= uint64(len(d.regions[0].data)) {
-		return nil
+	for _, r := range d.regions {
+		if address >= r.guest && address-r.guest < r.size {
+			return r.data[address-r.guest : r.size]
+		}
 	}
-	return d.regions[0].data[address:]
+	return nil
 }
 
 // take returns the next buffer that the VM has put into a ring.

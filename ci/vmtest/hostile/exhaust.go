@@ -24,7 +24,7 @@ var exhaustions = map[string]func() string{
 	"unix sockets":      func() string { return many(hogSockets) },
 	"inotify":           func() string { return many(hogInotify) },
 	"epoll and timers":  func() string { return many(hogEpoll) },
-	"mappings":          func() string { return many(hogMappings) },
+	"mappings":          func() string { return alone(hogMappings) },
 	"names":             func() string { return alone(missNames) },
 	"its own log":       floodLog,
 	"reads of its disk": func() string { return alone(rereadDisk) },
@@ -69,9 +69,9 @@ func wait() {
 	}
 }
 
-// alone runs f in one process, many in 48, for as long as attackTime.
+// alone runs f in one process, many in 16, for as long as attackTime.
 func alone(f func()) string { return children(1, f) }
-func many(f func()) string  { return children(48, f) }
+func many(f func()) string  { return children(16, f) }
 
 func children(n int, f func()) string {
 	made := 0
