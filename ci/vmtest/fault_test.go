@@ -381,13 +381,19 @@ func TestKilledWhileBooting(t *testing.T) {
 		{"serve", "agent: phase serve"},
 	} {
 		t.Run(at.name, func(t *testing.T) {
-			var r result
-			var up sync.WaitGroup
-			up.Go(func() {
-				r = h.run(4*time.Minute, "up", "--listen", "127.0.0.1:0", "--timeout", "3m", "--image", image, "--engine", engine, "--model", demo)
-			})
+			up := make(chan result, 1)
+			go func() {
+				up <- h.run(4*time.Minute, "up", "--listen", "127.0.0.1:0", "--timeout", "3m", "--image", image, "--engine", engine, "--model", demo)
+			}()
 			killed := false
-			for deadline := time.Now().Add(3 * time.Minute); !killed && time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
+			var r result
+			for over := false; !killed && !over; time.Sleep(10 * time.Millisecond) {
+				select {
+				case r = <-up: // once more, and for the last time
+					up <- r
+					over = true
+				default:
+				}
 				if h.qemu() == 0 {
 					continue
 				}
@@ -407,7 +413,7 @@ func TestKilledWhileBooting(t *testing.T) {
 					killed = h.killQEMU()
 				}
 			}
-			up.Wait()
+			r = <-up
 			if !killed {
 				t.Fatalf("QEMU was not killed: %s", r)
 			}
