@@ -373,12 +373,9 @@ func TestKilledWhileBooting(t *testing.T) {
 	image := filepath.Join(filepath.Dir(uki), "chrysalis-debug.efi")
 	for _, at := range []struct{ name, console string }{
 		{"firmware", ""},
-		{"kernel", "Linux version"},
 		{"devices", "agent: phase devices"},
-		{"platform", "agent: phase platform"},
 		{"disks", "agent: phase disks"},
 		{"engine", "agent: phase engine"},
-		{"serve", "agent: phase serve"},
 	} {
 		t.Run(at.name, func(t *testing.T) {
 			up := make(chan result, 1)
@@ -417,17 +414,34 @@ func TestKilledWhileBooting(t *testing.T) {
 			if !killed {
 				t.Fatalf("QEMU was not killed: %s", r)
 			}
-			// The last phase is over in a moment: `up` may have succeeded by then.
-			if r.code == 0 && at.name != "serve" || r.code != 0 && !strings.Contains(r.stderr, "QEMU exited without saying why") {
+			if r.code == 0 || !strings.Contains(r.stderr, "QEMU exited without saying why") {
 				t.Errorf("up: %s", r)
 			}
-			h.noProcesses()
-			if r := h.run(time.Minute, "status", "default"); !strings.Contains(r.stdout, "failed") {
-				t.Errorf("status: %s", r)
-			}
+			h.lost(t)
 		})
 	}
-	h.up("--engine", engine, "--model", demo)
+	t.Run("serving", func(t *testing.T) {
+		h.up("--engine", engine, "--model", demo)
+		if !h.killQEMU() {
+			t.Fatal("there is no QEMU")
+		}
+		h.lost(t)
+	})
+}
+
+// lost checks that nothing of a VM is left but word of its failure.
+func (h *host) lost(t *testing.T) {
+	t.Helper()
+	h.noProcesses()
+	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(100 * time.Millisecond) {
+		r := h.run(time.Minute, "status", "default")
+		if strings.Contains(r.stdout, "failed") {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("status: %s", r)
+		}
+	}
 }
 
 // killQEMU kills this host's QEMU and says whether there was one.
