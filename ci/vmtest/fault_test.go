@@ -373,21 +373,24 @@ func TestKilledWhileBooting(t *testing.T) {
 	image := filepath.Join(filepath.Dir(uki), "chrysalis-debug.efi")
 	for _, at := range []struct{ name, console string }{
 		{"firmware", ""},
-		{"kernel", "Linux version"},
 		{"devices", "agent: phase devices"},
-		{"platform", "agent: phase platform"},
 		{"disks", "agent: phase disks"},
 		{"engine", "agent: phase engine"},
-		{"serve", "agent: phase serve"},
 	} {
 		t.Run(at.name, func(t *testing.T) {
-			var r result
-			var up sync.WaitGroup
-			up.Go(func() {
-				r = h.run(4*time.Minute, "up", "--listen", "127.0.0.1:0", "--timeout", "3m", "--image", image, "--engine", engine, "--model", demo)
-			})
+			up := make(chan result, 1)
+			go func() {
+				up <- h.run(4*time.Minute, "up", "--listen", "127.0.0.1:0", "--timeout", "3m", "--image", image, "--engine", engine, "--model", demo)
+			}()
 			killed := false
-			for deadline := time.Now().Add(3 * time.Minute); !killed && time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
+			var r result
+			for over := false; !killed && !over; time.Sleep(10 * time.Millisecond) {
+				select {
+				case r = <-up: // once more, and for the last time
+					up <- r
+					over = true
+				default:
+				}
 				if h.qemu() == 0 {
 					continue
 				}
@@ -407,21 +410,39 @@ func TestKilledWhileBooting(t *testing.T) {
 					killed = h.killQEMU()
 				}
 			}
-			up.Wait()
+			r = <-up
 			if !killed {
 				t.Fatalf("QEMU was not killed: %s", r)
 			}
-			// The last phase is over in a moment: `up` may have succeeded by then.
-			if r.code == 0 && at.name != "serve" || r.code != 0 && !strings.Contains(r.stderr, "QEMU exited without saying why") {
+			// In the firmware it may not have answered the launcher yet.
+			if r.code == 0 || !strings.Contains(r.stderr, "QEMU exited without saying why") && (at.console != "" || !strings.Contains(r.stderr, "QEMU")) {
 				t.Errorf("up: %s", r)
 			}
-			h.noProcesses()
-			if r := h.run(time.Minute, "status", "default"); !strings.Contains(r.stdout, "failed") {
-				t.Errorf("status: %s", r)
-			}
+			h.lost(t)
 		})
 	}
-	h.up("--engine", engine, "--model", demo)
+	t.Run("serving", func(t *testing.T) {
+		h.up("--engine", engine, "--model", demo)
+		if !h.killQEMU() {
+			t.Fatal("there is no QEMU")
+		}
+		h.lost(t)
+	})
+}
+
+// lost checks that nothing of a VM is left but word of its failure.
+func (h *host) lost(t *testing.T) {
+	t.Helper()
+	h.noProcesses()
+	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(100 * time.Millisecond) {
+		r := h.run(time.Minute, "status", "default")
+		if strings.Contains(r.stdout, "failed") {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("status: %s", r)
+		}
+	}
 }
 
 // killQEMU kills this host's QEMU and says whether there was one.

@@ -184,6 +184,9 @@ func testEngine(t *testing.T, mode string) string {
 	t.Helper()
 	return packEngine(t, "engine", func(p *profile.Profile) {
 		p.Argv = []profile.Args{{Args: []string{"/engine", mode, "${socket}"}}}
+		if mode == "hang" {
+			p.ReadySeconds = 5 // which the test waits for
+		}
 	})
 }
 
@@ -213,7 +216,7 @@ func packEngine(t *testing.T, name string, change func(*profile.Profile)) string
 		t.Fatal(err)
 	}
 	described := profile.Profile{
-		Version: 1, Name: "test", Health: "/health", ReadySeconds: 5,
+		Version: 1, Name: "test", Health: "/health", ReadySeconds: 60,
 		Argv:        []profile.Args{{Args: []string{"/engine", "${socket}"}}},
 		Environment: map[string]string{},
 		Parameters:  map[string]profile.Parameter{},

@@ -30,7 +30,7 @@ var exhaustions = map[string]func() string{
 	"reads of its disk": func() string { return alone(rereadDisk) },
 }
 
-const attackTime = 4 * time.Second
+const attackTime = 3 * time.Second
 
 // fork makes a process that runs f, which must not return. The child has one
 // thread of a Go program, so f is restricted to raw system calls.
