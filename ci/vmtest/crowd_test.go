@@ -1,6 +1,7 @@
 package vmtest
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"crypto/rand"
@@ -156,9 +157,12 @@ func (h *host) guestCounters() (t guest.CounterTable, err error) {
 	if err != nil {
 		return t, err
 	}
-	_, text, _ = strings.Cut(text, "\r\n\r\n")
+	resp, err := http.ReadResponse(bufio.NewReader(strings.NewReader(text)), nil)
+	if err != nil {
+		return t, err
+	}
 	var status guest.Status
-	err = json.NewDecoder(strings.NewReader(text)).Decode(&status)
+	err = json.NewDecoder(resp.Body).Decode(&status)
 	return status.Counters, err
 }
 
