@@ -39,6 +39,12 @@ func (s *spool) Write(p []byte) (int, error) {
 	return s.data.Write(p)
 }
 
+func (s *spool) bytes() []byte {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return bytes.Clone(s.data.Bytes())
+}
+
 // spooledListener keeps what both sides of its connections send.
 type spooledListener struct {
 	net.Listener
@@ -205,10 +211,10 @@ func TestKeysStayInside(t *testing.T) {
 		data []byte
 		some bool
 	}{
-		{"below TLS", wire.data.Bytes(), true},
-		{"to clients", clients.data.Bytes(), true},
-		{"to the engine", engineGot.data.Bytes(), true},
-		{"to the host", host.data.Bytes(), true},
+		{"below TLS", wire.bytes(), true},
+		{"to clients", clients.bytes(), true},
+		{"to the engine", engineGot.bytes(), true},
+		{"to the host", host.bytes(), true},
 		// The engine's panic is this test's own, printed by its server in this process.
 		{"on the process's outputs", printed, true},
 	} {

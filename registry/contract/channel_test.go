@@ -567,6 +567,11 @@ func FuzzChannel(f *testing.F) {
 		if err != nil {
 			return
 		}
+		// A bag can give a cell a level that its contents do not; such a cell has a hash
+		// that no cell of a chain has, and so no proof.
+		if !bytes.Equal(c.ToBuilder().EndCell().Hash(), c.Hash()) {
+			return
+		}
 		s, err := Channel(c).Channel()
 		if err == nil && !bytes.Equal(channelData(s).Hash(), c.Hash()) {
 			t.Errorf("%+v is read from another state", s)
