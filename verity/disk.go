@@ -116,7 +116,7 @@ func FinishDisk(disk interface {
 		leaves = io.NewSectionReader(disk, l.LeavesOffset, l.Size-l.LeavesOffset)
 	}
 	n := levelSizes(blocks)[0]
-	above := make([]byte, 0, n*digestSize)
+	above := make([]byte, n*digestSize)
 	h, buf := newHasher(o.Salt), make([]byte, perHashBlock*BlockSize)
 	for at := uint64(0); at < n; at += perHashBlock {
 		part := buf[:min(perHashBlock, n-at)*BlockSize]
@@ -128,10 +128,7 @@ func FinishDisk(disk interface {
 				return Description{}, fmt.Errorf("finish verity disk: write the leaves: %w", err)
 			}
 		}
-		for ; len(part) > 0; part = part[BlockSize:] {
-			above = above[:len(above)+digestSize]
-			h.sum(above[len(above)-digestSize:], part[:BlockSize])
-		}
+		h.Sum(above[at*digestSize:], part)
 	}
 	root, err := finishTree(io.NewOffsetWriter(disk, l.HashOffset), blocks, above, o)
 	if err != nil {

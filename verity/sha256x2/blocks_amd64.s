@@ -20,7 +20,8 @@
 //	X13, X14  what lane A and lane B have to put aside
 //	X15       the order of bytes that turns big-endian words round
 
-// VARIABLES turns a b c d, e f g h (lowest first, as in memory) into ABEF, CDGH.
+// VARIABLES turns a b c d, e f g h (lowest first, as in memory) into ABEF, CDGH: by
+// way of CDAB and EFGH.
 #define VARIABLES(abef, cdgh, t) \
 	PSHUFD  $0xb1, abef, abef; \
 	PSHUFD  $0x1b, cdgh, cdgh; \
@@ -28,7 +29,7 @@
 	PALIGNR $8, cdgh, abef; \
 	PBLENDW $0xf0, t, cdgh
 
-// MEMORY is the reverse of VARIABLES.
+// MEMORY is the reverse of VARIABLES: by way of FEBA and DCHG.
 #define MEMORY(abef, cdgh, t) \
 	PSHUFD  $0x1b, abef, abef; \
 	PSHUFD  $0xb1, cdgh, cdgh; \
@@ -52,10 +53,12 @@
 	MOVO        X14, X0; \
 	SHA256RNDS2 X0, X8, X7
 
-// SCHEDULE puts the next four words of each lane in place of its oldest, w0, of
-// which ROUNDS has no more need:
-// W[t] = s1(W[t-2]) + W[t-7] + s0(W[t-15]) + W[t-16]. They are wanted three ROUNDS
-// later, so that this runs in the shadow of the rounds.
+// SCHEDULE puts the next four words of each lane in place of its oldest, a0 and b0,
+// of which ROUNDS has no more need:
+// W[t] = s1(W[t-2]) + W[t-7] + s0(W[t-15]) + W[t-16]. SHA256MSG1 adds the second s
+// and its neighbour, PALIGNR picks W[t-7] out of two registers, SHA256MSG2 adds the
+// first s. ROUNDS wants them four times later, so that this runs in the shadow of
+// the rounds.
 #define SCHEDULE(a0, a1, a2, a3, b0, b1, b2, b3) \
 	SHA256MSG1 a1, a0; \
 	SHA256MSG1 b1, b0; \
@@ -102,36 +105,36 @@ loop:
 	MOVOU X8, 48(SP)
 
 	WORDS(0, X3, X9)
-	ROUNDS(0, X3, X9)
 	WORDS(16, X4, X10)
-	ROUNDS(16, X4, X10)
 	WORDS(32, X5, X11)
-	ROUNDS(32, X5, X11)
 	WORDS(48, X6, X12)
+	ROUNDS(0, X3, X9)
+	SCHEDULE(X3, X4, X5, X6, X9, X10, X11, X12)
+	ROUNDS(16, X4, X10)
+	SCHEDULE(X4, X5, X6, X3, X10, X11, X12, X9)
+	ROUNDS(32, X5, X11)
+	SCHEDULE(X5, X6, X3, X4, X11, X12, X9, X10)
 	ROUNDS(48, X6, X12)
-	SCHEDULE(X3, X4, X5, X6, X9, X10, X11, X12)
+	SCHEDULE(X6, X3, X4, X5, X12, X9, X10, X11)
 	ROUNDS(64, X3, X9)
-	SCHEDULE(X4, X5, X6, X3, X10, X11, X12, X9)
+	SCHEDULE(X3, X4, X5, X6, X9, X10, X11, X12)
 	ROUNDS(80, X4, X10)
-	SCHEDULE(X5, X6, X3, X4, X11, X12, X9, X10)
+	SCHEDULE(X4, X5, X6, X3, X10, X11, X12, X9)
 	ROUNDS(96, X5, X11)
-	SCHEDULE(X6, X3, X4, X5, X12, X9, X10, X11)
+	SCHEDULE(X5, X6, X3, X4, X11, X12, X9, X10)
 	ROUNDS(112, X6, X12)
-	SCHEDULE(X3, X4, X5, X6, X9, X10, X11, X12)
+	SCHEDULE(X6, X3, X4, X5, X12, X9, X10, X11)
 	ROUNDS(128, X3, X9)
-	SCHEDULE(X4, X5, X6, X3, X10, X11, X12, X9)
-	ROUNDS(144, X4, X10)
-	SCHEDULE(X5, X6, X3, X4, X11, X12, X9, X10)
-	ROUNDS(160, X5, X11)
-	SCHEDULE(X6, X3, X4, X5, X12, X9, X10, X11)
-	ROUNDS(176, X6, X12)
 	SCHEDULE(X3, X4, X5, X6, X9, X10, X11, X12)
-	ROUNDS(192, X3, X9)
+	ROUNDS(144, X4, X10)
 	SCHEDULE(X4, X5, X6, X3, X10, X11, X12, X9)
-	ROUNDS(208, X4, X10)
+	ROUNDS(160, X5, X11)
 	SCHEDULE(X5, X6, X3, X4, X11, X12, X9, X10)
-	ROUNDS(224, X5, X11)
+	ROUNDS(176, X6, X12)
 	SCHEDULE(X6, X3, X4, X5, X12, X9, X10, X11)
+	ROUNDS(192, X3, X9)
+	ROUNDS(208, X4, X10)
+	ROUNDS(224, X5, X11)
 	ROUNDS(240, X6, X12)
 
 	MOVOU 0(SP), X13
