@@ -92,9 +92,10 @@ func Layout(dataBlocks uint64) DiskLayout {
 }
 
 // FinishDisk makes a disk whose data, size bytes and more than a block of it, lies
-// at DataOffset, and whose leaf hash blocks were made with a GroupHasher. Either
-// they are at Layout's LeavesOffset already and leaves is nil, or they are read
-// from leaves and written there. It adds the rest of the hash tree and, last, the
+// at DataOffset, and whose leaf hash blocks have been made: each the digests of the
+// blocks of a GroupSize of data (see BlockHasher), padded with zeros. Either they are
+// at Layout's LeavesOffset already and leaves is nil, or they are read from leaves
+// and written there. It adds the rest of the hash tree and, last, the
 // partition table.
 func FinishDisk(disk interface {
 	io.ReaderAt

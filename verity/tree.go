@@ -38,16 +38,6 @@ const GroupSize = perHashBlock * BlockSize
 
 const groupSize = GroupSize
 
-// A GroupHasher makes leaf hash blocks, one after the other.
-type GroupHasher struct{ h *hasher }
-
-// NewGroupHasher returns a GroupHasher for trees with this salt.
-func NewGroupHasher(salt []byte) *GroupHasher { return &GroupHasher{newHasher(salt)} }
-
-// Leaf makes the leaf hash block, of BlockSize bytes, over a group's data: whole
-// blocks, up to GroupSize bytes.
-func (g *GroupHasher) Leaf(leaf, data []byte) { g.h.sumBlocks(leaf, data) }
-
 // A BlockHasher computes dm-verity's format 1 digests: SHA-256(salt ‖ block). It is
 // for one goroutine at a time.
 type BlockHasher interface {
