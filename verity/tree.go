@@ -49,9 +49,9 @@ type BlockHasher interface {
 var newBlockHasher = func(salt []byte) BlockHasher { return &plainHasher{h: sha256.New(), salt: salt} }
 
 // UseHasher has this package make and check trees with another BlockHasher than
-// crypto/sha256's; new is called from many goroutines. It is for the init function of
+// crypto/sha256's; f is called from many goroutines. It is for the init function of
 // a package of the host's: the VM, which hashes next to nothing itself, does without.
-func UseHasher(new func(salt []byte) BlockHasher) { newBlockHasher = new }
+func UseHasher(f func(salt []byte) BlockHasher) { newBlockHasher = f }
 
 // writeTree is WriteTree with the data given by fetch, which fills buf with
 // the data of a group. fetch is called from many goroutines.
