@@ -92,9 +92,10 @@ func Layout(dataBlocks uint64) DiskLayout {
 }
 
 // FinishDisk makes a disk whose data, size bytes and more than a block of it, lies
-// at DataOffset, and whose leaf hash blocks were made with a GroupHasher. Either
-// they are at Layout's LeavesOffset already and leaves is nil, or they are read
-// from leaves and written there. It adds the rest of the hash tree and, last, the
+// at DataOffset, and whose leaf hash blocks have been made: each the digests of the
+// blocks of a GroupSize of data (see BlockHasher), padded with zeros. Either they are
+// at Layout's LeavesOffset already and leaves is nil, or they are read from leaves
+// and written there. It adds the rest of the hash tree and, last, the
 // partition table.
 func FinishDisk(disk interface {
 	io.ReaderAt
@@ -116,7 +117,7 @@ func FinishDisk(disk interface {
 		leaves = io.NewSectionReader(disk, l.LeavesOffset, l.Size-l.LeavesOffset)
 	}
 	n := levelSizes(blocks)[0]
-	above := make([]byte, 0, n*digestSize)
+	above := make([]byte, n*digestSize)
 	h, buf := newHasher(o.Salt), make([]byte, perHashBlock*BlockSize)
 	for at := uint64(0); at < n; at += perHashBlock {
 		part := buf[:min(perHashBlock, n-at)*BlockSize]
@@ -128,10 +129,7 @@ func FinishDisk(disk interface {
 				return Description{}, fmt.Errorf("finish verity disk: write the leaves: %w", err)
 			}
 		}
-		for ; len(part) > 0; part = part[BlockSize:] {
-			above = above[:len(above)+digestSize]
-			h.sum(above[len(above)-digestSize:], part[:BlockSize])
-		}
+		h.Sum(above[at*digestSize:], part)
 	}
 	root, err := finishTree(io.NewOffsetWriter(disk, l.HashOffset), blocks, above, o)
 	if err != nil {

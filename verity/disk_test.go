@@ -42,9 +42,9 @@ func TestWriteDisk(t *testing.T) {
 			if tt.blocks > 1 {
 				finished, leaves := &memory{}, &memory{}
 				finished.WriteAt(data, DataOffset)
-				h, leaf := NewGroupHasher(tt.salt), make([]byte, BlockSize)
+				h, leaf := newHasher(tt.salt), make([]byte, BlockSize)
 				for at := 0; at < len(data); at += GroupSize {
-					h.Leaf(leaf, data[at:min(at+GroupSize, len(data))])
+					h.sumBlocks(leaf, data[at:min(at+GroupSize, len(data))])
 					leaves.WriteAt(leaf, int64(at/GroupSize)*BlockSize)
 				}
 				if _, err := FinishDisk(finished, int64(len(data)), leaves, o); err != nil || !bytes.Equal(finished.b, m.b) {

@@ -38,15 +38,20 @@ const GroupSize = perHashBlock * BlockSize
 
 const groupSize = GroupSize
 
-// A GroupHasher makes leaf hash blocks, one after the other.
-type GroupHasher struct{ h *hasher }
+// A BlockHasher computes dm-verity's format 1 digests: SHA-256(salt ‖ block). It is
+// for one goroutine at a time.
+type BlockHasher interface {
+	// Sum puts the digests of data, which is whole blocks of BlockSize bytes, into
+	// digests, 32 bytes each, one after the other.
+	Sum(digests, data []byte)
+}
 
-// NewGroupHasher returns a GroupHasher for trees with this salt.
-func NewGroupHasher(salt []byte) *GroupHasher { return &GroupHasher{newHasher(salt)} }
+var newBlockHasher = func(salt []byte) BlockHasher { return &plainHasher{h: sha256.New(), salt: salt} }
 
-// Leaf makes the leaf hash block, of BlockSize bytes, over a group's data: whole
-// blocks, up to GroupSize bytes.
-func (g *GroupHasher) Leaf(leaf, data []byte) { g.h.sumBlocks(leaf, data) }
+// UseHasher has this package make and check trees with another BlockHasher than
+// crypto/sha256's; f is called from many goroutines. It is for the init function of
+// a package of the host's: the VM, which hashes next to nothing itself, does without.
+func UseHasher(f func(salt []byte) BlockHasher) { newBlockHasher = f }
 
 // writeTree is WriteTree with the data given by fetch, which fills buf with
 // the data of a group. fetch is called from many goroutines.
@@ -111,9 +116,7 @@ func finishTree(w io.WriterAt, blocks uint64, above []byte, o TreeOptions) (Root
 		level := make([]byte, sizes[i]*BlockSize)
 		copy(level, above)
 		above = make([]byte, sizes[i]*digestSize)
-		for j := range sizes[i] {
-			h.sum(above[j*digestSize:], level[j*BlockSize:][:BlockSize])
-		}
+		h.Sum(above, level)
 		if _, err := w.WriteAt(level, int64(starts[i])*BlockSize); err != nil {
 			return RootHash{}, fmt.Errorf("write hash tree: %w", err)
 		}
@@ -174,31 +177,35 @@ func eachGroup(ctx context.Context, size int64, progress func(done, total int64)
 	return stopped
 }
 
-// A hasher computes dm-verity's format 1 digests: SHA-256(salt ‖ block).
-type hasher struct {
+// A plainHasher hashes one block after the other.
+type plainHasher struct {
 	h    hash.Hash
 	salt []byte
 	out  [digestSize]byte
 }
 
-func newHasher(salt []byte) *hasher { return &hasher{h: sha256.New(), salt: salt} }
+func (h *plainHasher) Sum(digests, data []byte) {
+	for len(data) > 0 {
+		h.h.Reset()
+		h.h.Write(h.salt)
+		h.h.Write(data[:BlockSize])
+		copy(digests[:digestSize], h.h.Sum(h.out[:0]))
+		digests, data = digests[digestSize:], data[BlockSize:]
+	}
+}
+
+type hasher struct{ BlockHasher }
+
+func newHasher(salt []byte) *hasher { return &hasher{newBlockHasher(salt)} }
 
 // sum puts the digest of block into dst.
-func (h *hasher) sum(dst, block []byte) {
-	h.h.Reset()
-	h.h.Write(h.salt)
-	h.h.Write(block)
-	copy(dst, h.h.Sum(h.out[:0]))
-}
+func (h *hasher) sum(dst, block []byte) { h.Sum(dst, block[:BlockSize]) }
 
 // sumBlocks makes the hash block over up to 128 blocks of data: their
 // digests, zero-padded.
 func (h *hasher) sumBlocks(hashBlock, data []byte) {
 	clear(hashBlock)
-	for i := 0; len(data) > 0; i++ {
-		h.sum(hashBlock[i*digestSize:][:digestSize], data[:BlockSize])
-		data = data[BlockSize:]
-	}
+	h.Sum(hashBlock, data)
 }
 
 // readFull reads exactly len(p) bytes at off; too few are an error.

@@ -3,7 +3,6 @@ package disk
 import (
 	"bytes"
 	"crypto/sha256"
-	"encoding"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -125,7 +124,7 @@ func (j *journal) load() error {
 		if c.Next < n.chain.next || c.Next > n.chain.end {
 			return errNewPlan
 		}
-		if err := n.chain.hash.(encoding.BinaryUnmarshaler).UnmarshalBinary(c.State); err != nil {
+		if err := n.chain.hash.UnmarshalBinary(c.State); err != nil {
 			return err
 		}
 		n.chain.next = c.Next
@@ -142,7 +141,7 @@ func (j *journal) load() error {
 // check compares a group on the unfinished disk with its leaf.
 func (j *journal) check(g uint64) error {
 	buf := make([]byte, min(groupBlocks, j.p.end-g*groupBlocks)*verity.BlockSize)
-	want, got := make([]byte, verity.BlockSize), make([]byte, verity.BlockSize)
+	want := make([]byte, verity.BlockSize)
 	if _, err := j.p.file.ReadAt(buf, verity.DataOffset+int64(g)*groupSize); err != nil {
 		return err
 	}
@@ -153,8 +152,7 @@ func (j *journal) check(g uint64) error {
 	if _, err := j.p.file.ReadAt(want, verity.Layout(blocks).LeavesOffset+int64(g)*verity.BlockSize); err != nil {
 		return err
 	}
-	verity.NewGroupHasher(j.p.o.Salt).Leaf(got, buf)
-	if !bytes.Equal(want, got) {
+	if !bytes.Equal(want, newHasher(j.p.o.Salt).makeLeaf(buf)) {
 		return errNewPlan
 	}
 	return nil

@@ -3,11 +3,8 @@ package disk
 import (
 	"bytes"
 	"context"
-	"crypto/sha256"
-	"encoding"
 	"errors"
 	"fmt"
-	"hash"
 	"io"
 	"io/fs"
 	"runtime"
@@ -15,6 +12,7 @@ import (
 	"sync"
 
 	"chrysalis/verity"
+	"chrysalis/verity/sha256x2"
 )
 
 // The pipeline. The image is cut into groups of verity.GroupSize bytes. A worker,
@@ -22,9 +20,11 @@ import (
 // files, writes it to its place and makes the group's leaf of the hash tree. Where
 // the files' own SHA-256 are wanted, it then hands the group on to the files' hash
 // chains, which need their bytes in order: whoever brings the next bytes of a file
-// hashes them and all that wait behind them. So each byte is read once and written
-// once, both hashes see it while it is in the processor's cache, and memory is a
-// few groups for each processor.
+// hashes them and all that wait behind them. Where all of a group is one file's, the
+// chain makes the leaf too, for two hashes of the same bytes take little longer than
+// one (see package sha256x2). So each byte is read once and written once, both hashes
+// see it while it is in the processor's cache, and memory is a few groups for each
+// processor.
 type packer struct {
 	ctx  context.Context
 	o    Options
@@ -77,14 +77,13 @@ func (p *packer) run() error {
 	var wg sync.WaitGroup
 	for range workers {
 		wg.Go(func() {
-			h := verity.NewGroupHasher(p.o.Salt)
-			leaf := make([]byte, verity.BlockSize)
+			h := newHasher(p.o.Salt)
 			for {
 				g := p.take()
 				if g == nil {
 					return
 				}
-				p.fail(p.work(g, h, leaf))
+				p.fail(p.work(g, h))
 			}
 		})
 	}
@@ -158,7 +157,7 @@ func (p *packer) release(g *group) {
 	}
 }
 
-func (p *packer) work(g *group, h *verity.GroupHasher, leaf []byte) error {
+func (p *packer) work(g *group, h *hasher) error {
 	handed := 0
 	defer func() {
 		for range len(g.segs) - handed + 1 {
@@ -180,9 +179,10 @@ func (p *packer) work(g *group, h *verity.GroupHasher, leaf []byte) error {
 			return err
 		}
 	}
-	h.Leaf(leaf, g.buf)
-	if _, err := p.leaves.WriteAt(leaf, int64(g.index)*verity.BlockSize); err != nil {
-		return err
+	if !g.together() {
+		if err := p.writeLeaf(g, h.makeLeaf(g.buf)); err != nil {
+			return err
+		}
 	}
 	p.mu.Lock()
 	p.done += bytes
@@ -196,9 +196,21 @@ func (p *packer) work(g *group, h *verity.GroupHasher, leaf []byte) error {
 			p.release(g)
 			continue
 		}
-		s.chain.deliver(g, s, p.release)
+		if err := s.chain.deliver(p, g, s, h); err != nil {
+			return err
+		}
 	}
 	return nil
+}
+
+// together reports whether the chain of the group's only file makes the leaf.
+func (g *group) together() bool {
+	return sha256x2.Fast() && len(g.segs) == 1 && g.segs[0].chain != nil
+}
+
+func (p *packer) writeLeaf(g *group, leaf []byte) error {
+	_, err := p.leaves.WriteAt(leaf, int64(g.index)*verity.BlockSize)
+	return err
 }
 
 func allZero(b []byte) bool {
@@ -223,7 +235,7 @@ type chain struct {
 	held map[uint64]heldSegment
 
 	hashing sync.Mutex // held while hash and next change together
-	hash    hash.Hash
+	hash    *sha256x2.Stream
 }
 
 type heldSegment struct {
@@ -232,21 +244,22 @@ type heldSegment struct {
 }
 
 func newChain(first, end uint64) *chain {
-	return &chain{next: first, end: end, held: map[uint64]heldSegment{}, hash: sha256.New()}
+	return &chain{next: first, end: end, held: map[uint64]heldSegment{}, hash: sha256x2.NewStream()}
 }
 
-// deliver hashes a segment if it is the next, and whatever waits behind it.
-// Otherwise the segment waits.
-func (c *chain) deliver(g *group, s segment, release func(*group)) {
+// deliver hashes a segment if it is the next, and whatever waits behind it, and makes
+// the leaves of the groups that are together. Otherwise the segment waits. After an
+// error the chain stands still.
+func (c *chain) deliver(p *packer, g *group, s segment, h *hasher) error {
 	c.mu.Lock()
-	if g.index < c.next { // hashed before an interruption
+	if g.index < c.next { // hashed before an interruption, and its leaf made
 		c.mu.Unlock()
-		release(g)
-		return
+		p.release(g)
+		return nil
 	}
 	c.held[g.index] = heldSegment{g, s}
 	for !c.busy {
-		h, ok := c.held[c.next]
+		held, ok := c.held[c.next]
 		if !ok {
 			break
 		}
@@ -254,17 +267,33 @@ func (c *chain) deliver(g *group, s segment, release func(*group)) {
 		c.busy = true
 		c.mu.Unlock()
 
-		c.hashing.Lock()
-		c.hash.Write(h.g.buf[h.s.lo:h.s.hi])
-		c.mu.Lock()
-		c.next++
-		c.hashing.Unlock()
-		c.busy = false
-		c.mu.Unlock()
-		release(h.g)
+		err := c.advance(p, held, h)
+		p.release(held.g)
+		if err != nil {
+			return err
+		}
 		c.mu.Lock()
 	}
 	c.mu.Unlock()
+	return nil
+}
+
+// advance hashes the next segment. The leaf is written before the chain says that it
+// has passed the group: the journal relies on that.
+func (c *chain) advance(p *packer, held heldSegment, h *hasher) error {
+	g, part := held.g, held.g.buf[held.s.lo:held.s.hi]
+	c.hashing.Lock()
+	defer c.hashing.Unlock()
+	if !g.together() {
+		c.hash.Write(part)
+	} else if err := p.writeLeaf(g, h.makeLeafWith(g.buf, c.hash, part)); err != nil {
+		return err
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.next++
+	c.busy = false
+	return nil
 }
 
 // finished reports whether a group's segment has been hashed.
@@ -278,7 +307,7 @@ func (c *chain) finished(group uint64) bool {
 func (c *chain) snapshot() (uint64, []byte, error) {
 	c.hashing.Lock()
 	defer c.hashing.Unlock()
-	state, err := c.hash.(encoding.BinaryMarshaler).MarshalBinary()
+	state, err := c.hash.MarshalBinary()
 	return c.next, state, err
 }
 
@@ -400,8 +429,13 @@ func (p *packer) runs() []run {
 }
 
 // active is how many runs go on at a time: each keeps one processor busy with its
-// files' hash chains, and another with the tree.
-func active(workers int) int { return max(1, workers/2) }
+// files' hash chains and, where the two do not go together, another with the tree.
+func active(workers int) int {
+	if sha256x2.Fast() {
+		return workers
+	}
+	return max(1, workers/2)
+}
 
 // planned hands out the groups of placed files: from a few runs in turn.
 func (p *packer) planned(count int) func(*group) error {
@@ -472,14 +506,13 @@ func (p *packer) finish(leaves io.ReaderAt) (verity.Description, error) {
 		return verity.Description{}, err
 	}
 	// The groups that were touched again get new leaves.
-	h, leaf, buf := verity.NewGroupHasher(p.o.Salt), make([]byte, verity.BlockSize), make([]byte, groupSize)
+	h, buf := newHasher(p.o.Salt), make([]byte, groupSize)
 	for g := uint64(0); g*groupBlocks < blocks; g++ {
 		part := buf[:min(groupBlocks, blocks-g*groupBlocks)*verity.BlockSize]
 		if _, err := p.file.ReadAt(part, verity.DataOffset+int64(g)*groupSize); err != nil {
 			return verity.Description{}, err
 		}
-		h.Leaf(leaf, part)
-		if _, err := p.leaves.WriteAt(leaf, int64(g)*verity.BlockSize); err != nil {
+		if _, err := p.leaves.WriteAt(h.makeLeaf(part), int64(g)*verity.BlockSize); err != nil {
 			return verity.Description{}, err
 		}
 		if g == 0 && tail/groupBlocks > 0 {

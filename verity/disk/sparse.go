@@ -1,6 +1,7 @@
 package disk
 
 import (
+	"bytes"
 	"fmt"
 	"os"
 
@@ -46,14 +47,13 @@ func WriteSparse(out, absent string, size int64, present string, content []byte)
 		}
 	}
 	leaves := map[uint64][]byte{}
-	h := verity.NewGroupHasher(nil)
+	h := newHasher(nil)
 	for _, g := range append([]uint64{0}, between(tail/groupBlocks, (blocks-1)/groupBlocks)...) {
 		buf := make([]byte, min(groupBlocks, blocks-g*groupBlocks)*verity.BlockSize)
 		if _, err := f.ReadAt(buf, verity.DataOffset+int64(g)*groupSize); err != nil {
 			return verity.Description{}, fmt.Errorf("read back: %w", err)
 		}
-		leaves[g] = make([]byte, verity.BlockSize)
-		h.Leaf(leaves[g], buf)
+		leaves[g] = bytes.Clone(h.makeLeaf(buf))
 	}
 	return verity.FinishSparse(f, int64(blocks)*verity.BlockSize, leaves, verity.TreeOptions{})
 }
