@@ -74,6 +74,9 @@ func relayTo(t *testing.T, limit int, whole bool, serve func(*net.TCPConn)) (add
 		return &chunkedConn{Conn: wire{Conn: c, largest: largest}, closeWrite: closeWrite}, nil
 	})
 	relay.quiet = 200 * time.Millisecond
+	if whole {
+		relay.quiet = 1500 * time.Millisecond // a busy machine pauses, too
+	}
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan struct{})
 	go func() { relay.Serve(ctx, front); close(done) }()
@@ -140,7 +143,7 @@ func TestRelayWithoutHalfClose(t *testing.T) {
 		line := make([]byte, 5)
 		io.ReadFull(c, line)
 		for range 6 { // longer than quiet in all, never silent for as long
-			time.Sleep(100 * time.Millisecond)
+			time.Sleep(300 * time.Millisecond)
 			c.Write(line)
 		}
 		io.Copy(io.Discard, c) // never hangs up by itself
