@@ -378,9 +378,10 @@ func TestKilledWhileBooting(t *testing.T) {
 		{"engine", "agent: phase engine"},
 	} {
 		t.Run(at.name, func(t *testing.T) {
+			// Where KVM is there and does not work, the first QEMU is the one that finds out.
 			up := make(chan result, 1)
 			go func() {
-				up <- h.run(4*time.Minute, "up", "--listen", "127.0.0.1:0", "--timeout", "3m", "--image", image, "--engine", engine, "--model", demo)
+				up <- h.run(4*time.Minute, "up", "--accel", "tcg", "--listen", "127.0.0.1:0", "--timeout", "3m", "--image", image, "--engine", engine, "--model", demo)
 			}()
 			killed := false
 			var r result
