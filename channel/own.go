@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"chrysalis/channel/voucher"
+	"chrysalis/outfile"
 	"chrysalis/registry"
 	"chrysalis/registry/lite"
 )
@@ -111,21 +112,5 @@ func (o Own) change(do func([]OwnChannel) []OwnChannel) error {
 	if err != nil {
 		return err
 	}
-	next := o.Path + ".next"
-	f, err := os.OpenFile(next, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(append(data, '\n'))
-	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
-		return err
-	}
-	if err := os.Rename(next, o.Path); err != nil {
-		return err
-	}
-	d, err := os.Open(filepath.Dir(o.Path))
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
+	return outfile.Write(o.Path, append(data, '\n'), 0o600)
 }

@@ -80,15 +80,11 @@ func (c *AuditCmd) readRegistry(ctx context.Context) (*fromRegistry, error) {
 			return nil, fmt.Errorf("%s: %w", c.Release, err)
 		}
 	}
-	reader, err := c.TON.reader()
+	reader, view, err := c.TON.view(ctx)
 	if err != nil {
 		return nil, err
 	}
 	defer reader.Client.Close()
-	view, err := reader.Client.Sync(ctx)
-	if err != nil {
-		return nil, err
-	}
 	warn(view)
 	r := &fromRegistry{}
 	// get returns nil, and has a check fail, if the record is not there or not good.

@@ -71,15 +71,11 @@ func (c *ChannelOpenCmd) Run(ctx context.Context) error {
 	if c.Delay < 0 || c.Delay > channel.MaxDelay || c.Delay%time.Second != 0 {
 		return fmt.Errorf("--delay: whole seconds, at most %v", channel.MaxDelay)
 	}
-	key, err := registry.LoadKey(c.KeyFile)
-	if err != nil {
-		return err
-	}
 	network, err := c.named()
 	if err != nil {
 		return err
 	}
-	wallet, err := registry.NewWallet(key, c.Wallet, network.GlobalID)
+	key, wallet, err := c.wallet(c.KeyFile, c.Wallet)
 	if err != nil {
 		return err
 	}
@@ -139,15 +135,11 @@ func (c *ChannelCloseCmd) Run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	reader, err := c.reader()
+	reader, view, err := c.view(ctx)
 	if err != nil {
 		return err
 	}
 	defer reader.Client.Close()
-	view, err := reader.Client.Sync(ctx)
-	if err != nil {
-		return err
-	}
 	s, err := channel.Read(ctx, view, a)
 	if err != nil {
 		return err
@@ -192,15 +184,11 @@ func (c *ChannelListCmd) Run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	reader, err := c.reader()
+	reader, view, err := c.view(ctx)
 	if err != nil {
 		return err
 	}
 	defer reader.Client.Close()
-	view, err := reader.Client.Sync(ctx)
-	if err != nil {
-		return err
-	}
 	lines := []channelLine{}
 	var gone []lite.Address
 	for _, known := range list {

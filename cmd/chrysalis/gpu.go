@@ -17,6 +17,7 @@ import (
 	"chrysalis/attest/nvidia/fetch"
 	"chrysalis/launcher"
 	"chrysalis/launcher/gpu"
+	"chrysalis/outfile"
 	"chrysalis/terminal"
 )
 
@@ -193,10 +194,7 @@ func (c *GPUCollateralCmd) Run(ctx context.Context) error {
 		return err
 	}
 	// Whole or not at all: somebody may be reading it.
-	if err := os.WriteFile(c.Out+".new", encoded, 0o644); err != nil {
-		return err
-	}
-	return os.Rename(c.Out+".new", c.Out)
+	return outfile.Write(c.Out, encoded, 0o644)
 }
 
 // gpuEvidence reads the GPUs' evidence, alone or within a VM's.

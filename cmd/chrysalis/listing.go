@@ -136,15 +136,11 @@ type ListingFindCmd struct {
 
 // Run prints offers, the cheapest first.
 func (c *ListingFindCmd) Run(ctx context.Context) error {
-	reader, err := c.reader()
+	reader, view, err := c.view(ctx)
 	if err != nil {
 		return err
 	}
 	defer reader.Client.Close()
-	view, err := reader.Client.Sync(ctx)
-	if err != nil {
-		return err
-	}
 	offers, err := reader.Offers(ctx, view)
 	if err != nil {
 		return err

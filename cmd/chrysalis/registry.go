@@ -282,14 +282,7 @@ func (c *readFlags) read(ctx context.Context) (registry.Reader, *lite.View, lite
 	if err != nil {
 		return registry.Reader{}, nil, address, err
 	}
-	reader, err := c.reader()
-	if err != nil {
-		return reader, nil, address, err
-	}
-	view, err := reader.Client.Sync(ctx)
-	if err != nil {
-		reader.Client.Close()
-	}
+	reader, view, err := c.view(ctx)
 	return reader, view, address, err
 }
 
@@ -547,27 +540,17 @@ func (c *RegistryNewKeyCmd) Run() error {
 // RegistryAddressCmd shows addresses.
 type RegistryAddressCmd struct {
 	tonFlags
-	KeyFile string `required:"" env:"CHRYSALIS_TON_KEY" placeholder:"FILE" help:"The wallet's 24 words, or its seed of 64 hexadecimal digits; nobody else may read the file."`
-	Wallet  string `enum:"v4r2,v5r1" default:"v5r1" help:"The wallet's version, v4r2 or v5r1 (default: ${default})."`
-	JSON    bool   `name:"json" help:"Print one JSON document."`
+	walletKeyFlags
 }
 
 // Run computes them; it asks nobody.
 func (c *RegistryAddressCmd) Run() error {
-	key, err := registry.LoadKey(c.KeyFile)
-	if err != nil {
-		return err
-	}
-	network, err := c.named()
-	if err != nil {
-		return err
-	}
-	wallet, err := registry.NewWallet(key, c.Wallet, network.GlobalID)
+	key, wallet, err := c.wallet(c.KeyFile, c.Wallet)
 	if err != nil {
 		return err
 	}
 	out := []struct{ name, value string }{
-		{"wallet", wallet.Address.Std().Bounce(false).String()},
+		{"wallet", payTo(wallet)},
 		{"registry", registry.AddressOfWallet(wallet).String()},
 		{"public_key", hex.EncodeToString(key.Public().(ed25519.PublicKey))},
 	}

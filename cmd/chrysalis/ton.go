@@ -1,6 +1,8 @@
 package main
 
 import (
+	"context"
+	"crypto/ed25519"
 	"errors"
 	"fmt"
 	"math/big"
@@ -104,6 +106,34 @@ func (f *tonFlags) reader() (registry.Reader, error) {
 		Memory: lite.FileMemory(filepath.Join(state, "ton", name)), MaxAge: f.MaxAge, Servers: f.Liteservers,
 	})
 	return registry.Reader{Client: client, Key: registry.DeriveKey}, err
+}
+
+// view is a proved state of the network that is recent, and what reads it. The
+// reader's client is to be closed.
+func (f *tonFlags) view(ctx context.Context) (registry.Reader, *lite.View, error) {
+	reader, err := f.reader()
+	if err != nil {
+		return reader, nil, err
+	}
+	view, err := reader.Client.Sync(ctx)
+	if err != nil {
+		reader.Client.Close()
+	}
+	return reader, view, err
+}
+
+// wallet is the one that a key opens on the network, of a version.
+func (f *tonFlags) wallet(keyFile, version string) (ed25519.PrivateKey, *registry.Wallet, error) {
+	key, err := registry.LoadKey(keyFile)
+	if err != nil {
+		return nil, nil, err
+	}
+	network, err := f.named()
+	if err != nil {
+		return nil, nil, err
+	}
+	wallet, err := registry.NewWallet(key, version, network.GlobalID)
+	return key, wallet, err
 }
 
 // walletFlags say who pays.

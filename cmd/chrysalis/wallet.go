@@ -24,18 +24,6 @@ type walletKeyFlags struct {
 	JSON    bool   `name:"json" help:"Print one JSON document."`
 }
 
-func (f *walletKeyFlags) wallet(ton *tonFlags) (*registry.Wallet, error) {
-	key, err := registry.LoadKey(f.KeyFile)
-	if err != nil {
-		return nil, err
-	}
-	network, err := ton.named()
-	if err != nil {
-		return nil, err
-	}
-	return registry.NewWallet(key, f.Wallet, network.GlobalID)
-}
-
 // payTo is the address to send money to, also before the wallet is a contract.
 func payTo(w *registry.Wallet) string { return w.Address.Std().Bounce(false).String() }
 
@@ -72,7 +60,7 @@ type WalletAddressCmd struct {
 
 // Run computes it; it asks nobody.
 func (c *WalletAddressCmd) Run() error {
-	wallet, err := c.wallet(&c.tonFlags)
+	_, wallet, err := c.wallet(c.KeyFile, c.Wallet)
 	if err != nil {
 		return err
 	}
@@ -91,19 +79,15 @@ type WalletBalanceCmd struct {
 
 // Run proves it.
 func (c *WalletBalanceCmd) Run(ctx context.Context) error {
-	wallet, err := c.wallet(&c.tonFlags)
+	_, wallet, err := c.wallet(c.KeyFile, c.Wallet)
 	if err != nil {
 		return err
 	}
-	reader, err := c.reader()
+	reader, view, err := c.view(ctx)
 	if err != nil {
 		return err
 	}
 	defer reader.Client.Close()
-	view, err := reader.Client.Sync(ctx)
-	if err != nil {
-		return err
-	}
 	balance := uint64(0)
 	account, err := view.Account(ctx, wallet.Address)
 	switch {

@@ -155,12 +155,7 @@ var channelExitCodes = map[int32]string{
 }
 
 // ExplainChannel says in words why a channel refused a message.
-func ExplainChannel(exitCode int32) string {
-	if text, ok := channelExitCodes[exitCode]; ok {
-		return text
-	}
-	return Explain(exitCode)
-}
+func ExplainChannel(exitCode int32) string { return explain(channelExitCodes, exitCode) }
 
 // ChannelStatus is how far a channel is. There is no status after it is closed: the
 // contract is gone.

@@ -239,9 +239,14 @@ var exitCodes = map[int32]string{
 }
 
 // Explain says in words why the contract refused a message.
-func Explain(exitCode int32) string {
-	if text, ok := exitCodes[exitCode]; ok {
-		return text
+func Explain(exitCode int32) string { return explain(nil, exitCode) }
+
+// explain looks in a contract's own codes first.
+func explain(own map[int32]string, exitCode int32) string {
+	for _, codes := range []map[int32]string{own, exitCodes} {
+		if text, ok := codes[exitCode]; ok {
+			return text
+		}
 	}
 	return fmt.Sprintf("exit code %d", exitCode)
 }

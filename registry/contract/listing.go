@@ -72,12 +72,7 @@ var listingExitCodes = map[int32]string{
 }
 
 // ExplainListing says in words why the listing contract refused a message.
-func ExplainListing(exitCode int32) string {
-	if text, ok := listingExitCodes[exitCode]; ok {
-		return text
-	}
-	return Explain(exitCode)
-}
+func ExplainListing(exitCode int32) string { return explain(listingExitCodes, exitCode) }
 
 // Listing runs the methods of the listing contract on its data, whole or as a proof.
 func Listing(data *cell.Cell) Methods { return Methods{ListingCode(), data} }
