@@ -25,6 +25,8 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"chrysalis/ci/ptrace"
 )
 
 // filtered is in the environment of this program where it is to put itself under
@@ -57,11 +59,9 @@ func main() {
 // become waits until it is traced, puts itself under the filter and executes the
 // command.
 func become(args []string) error {
-	traced := os.NewFile(3, "traced")
-	if _, err := traced.Read(make([]byte, 1)); err != nil {
-		return fmt.Errorf("the tracer has gone: %w", err)
+	if err := ptrace.Await(); err != nil {
+		return err
 	}
-	traced.Close()
 	path, err := exec.LookPath(args[0])
 	if err != nil {
 		return err
@@ -113,29 +113,11 @@ const (
 // trace runs the command and answers for the clock until all that it started has
 // ended. It returns the status that the command ended with.
 func trace(offset int64, args []string) (int, error) {
-	self, err := os.Executable()
+	first, err := ptrace.Start(filtered, args, options)
 	if err != nil {
 		return 1, err
 	}
-	ready, traced, err := os.Pipe()
-	if err != nil {
-		return 1, err
-	}
-	cmd := exec.Command(self, args...)
-	cmd.Env = append(os.Environ(), filtered+"=1")
-	cmd.Stdin, cmd.Stdout, cmd.Stderr, cmd.ExtraFiles = os.Stdin, os.Stdout, os.Stderr, []*os.File{ready}
-	if err := cmd.Start(); err != nil {
-		return 1, err
-	}
-	ready.Close()
-	first, status := cmd.Process.Pid, 1
-	// Seized, and so will its children be: of these, a stopped one stays stopped.
-	if err := ptrace(unix.PTRACE_SEIZE, first, options); err != nil {
-		return 1, fmt.Errorf("trace it: %w", err)
-	}
-	if _, err := traced.Write([]byte{0}); err != nil {
-		return 1, err
-	}
+	status := 1
 	for {
 		var ws unix.WaitStatus
 		pid, err := wait(&ws)
@@ -167,20 +149,12 @@ func trace(offset int64, args []string) (int, error) {
 			signal = int(ws.StopSignal())
 		}
 		if err == nil {
-			err = ptrace(request, pid, signal)
+			err = ptrace.Do(request, pid, signal)
 		}
 		if err != nil && !errors.Is(err, unix.ESRCH) { // it was killed meanwhile
 			return 1, fmt.Errorf("process %d: %w", pid, err)
 		}
 	}
-}
-
-func ptrace(request, pid, data int) error {
-	_, _, errno := unix.RawSyscall6(unix.SYS_PTRACE, uintptr(request), uintptr(pid), 0, uintptr(data), 0, 0)
-	if errno != 0 {
-		return errno
-	}
-	return nil
 }
 
 // wait waits for any process. It does not tell Go's scheduler, for which there is

@@ -29,6 +29,8 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"chrysalis/ci/ptrace"
 )
 
 // classes are the calls that are counted. A call is made by a path, a descriptor or
@@ -50,8 +52,8 @@ const waiting = "CHRYSALIS_CI_FAULT" // in the environment of what is to be trac
 
 func main() {
 	if os.Getenv(waiting) != "" {
-		if _, err := os.NewFile(3, "traced").Read(make([]byte, 1)); err != nil {
-			fmt.Fprintln(os.Stderr, "fault: the tracer has gone:", err)
+		if err := ptrace.Await(); err != nil {
+			fmt.Fprintln(os.Stderr, "fault:", err)
 			os.Exit(127)
 		}
 		os.Unsetenv(waiting)
@@ -138,28 +140,13 @@ func (t *tracer) trace(args []string) (int, error) {
 	if err != nil {
 		return 1, err
 	}
-	ready, traced, err := os.Pipe()
+	const options = unix.PTRACE_O_TRACEFORK | unix.PTRACE_O_TRACEVFORK | unix.PTRACE_O_TRACECLONE |
+		unix.PTRACE_O_TRACEEXEC | unix.PTRACE_O_TRACESYSGOOD | unix.PTRACE_O_EXITKILL
+	first, err := ptrace.Start(waiting, args, options)
 	if err != nil {
 		return 1, err
 	}
-	cmd := exec.Command(self, args...)
-	cmd.Env = append(os.Environ(), waiting+"=1")
-	cmd.Stdin, cmd.Stdout, cmd.Stderr, cmd.ExtraFiles = os.Stdin, os.Stdout, os.Stderr, []*os.File{ready}
-	if err := cmd.Start(); err != nil {
-		return 1, err
-	}
-	ready.Close()
-	const options = unix.PTRACE_O_TRACEFORK | unix.PTRACE_O_TRACEVFORK | unix.PTRACE_O_TRACECLONE |
-		unix.PTRACE_O_TRACEEXEC | unix.PTRACE_O_TRACESYSGOOD | unix.PTRACE_O_EXITKILL
-	first, status := cmd.Process.Pid, 1
-	// Its other threads end when it executes the program, and it becomes the first.
-	if err := ptrace(unix.PTRACE_SEIZE, first, options); err != nil {
-		return 1, fmt.Errorf("trace it: %w", err)
-	}
-	if _, err := traced.Write([]byte{0}); err != nil {
-		return 1, err
-	}
-	traced.Close()
+	status := 1
 	for {
 		var ws unix.WaitStatus
 		pid, err := unix.Wait4(-1, &ws, unix.WALL, nil)
@@ -198,7 +185,7 @@ func (t *tracer) stopped(pid int, ws unix.WaitStatus) error {
 		}
 		if err != nil || exe != t.program {
 			delete(t.groups, pid)
-			return ptrace(unix.PTRACE_DETACH, pid, 0)
+			return ptrace.Do(unix.PTRACE_DETACH, pid, 0)
 		}
 		t.groups[pid] = true
 	case event == unix.PTRACE_EVENT_STOP && ws.StopSignal() != unix.SIGTRAP:
@@ -211,7 +198,7 @@ func (t *tracer) stopped(pid int, ws unix.WaitStatus) error {
 	default:
 		signal = int(ws.StopSignal())
 	}
-	return ptrace(request, pid, signal)
+	return ptrace.Do(request, pid, signal)
 }
 
 // call is at the start or at the end of a thread's call.
@@ -289,12 +276,4 @@ func groupOf(tid int) (int, error) {
 	_, after, _ := strings.Cut(string(status), "\nTgid:\t")
 	line, _, _ := strings.Cut(after, "\n")
 	return strconv.Atoi(line)
-}
-
-func ptrace(request, pid, data int) error {
-	_, _, errno := unix.RawSyscall6(unix.SYS_PTRACE, uintptr(request), uintptr(pid), 0, uintptr(data), 0, 0)
-	if errno != 0 {
-		return errno
-	}
-	return nil
 }

@@ -41,24 +41,7 @@ func TestExport(t *testing.T) {
 	}
 
 	vm := bootDisk(t, "small", disk)
-	c := newClient(t, "https://vm")
-	c.http.Transport.(*http.Transport).DialContext = func(ctx context.Context, _, _ string) (net.Conn, error) {
-		return vm.dialer.Dial(ctx, guest.PortInference)
-	}
-	vm.await(func() bool {
-		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
-		defer cancel()
-		req, err := http.NewRequestWithContext(ctx, http.MethodGet, "https://vm/v1/models", nil)
-		if err != nil {
-			t.Fatal(err)
-		}
-		resp, err := c.http.Do(req)
-		if err != nil {
-			return false
-		}
-		resp.Body.Close()
-		return resp.StatusCode == http.StatusOK
-	})
+	c := vm.serving()
 	if resp, body := c.send("POST", "/v1/chat/completions", question("Who can read my prompt?", false)); resp.StatusCode != 200 || !strings.Contains(body, "prompt") {
 		t.Errorf("%s: %s", resp.Status, body)
 	} else {
@@ -97,6 +80,30 @@ func bootDisk(t *testing.T, shape, disk string) *diskVM {
 	vm.await(vm.driverRuns)
 	time.Sleep(time.Second) // as the launcher waits, for an emulated VM
 	return vm
+}
+
+// serving waits until the VM serves, and returns a client of it.
+func (vm *diskVM) serving() *client {
+	vm.t.Helper()
+	c := newClient(vm.t, "https://vm")
+	c.http.Transport.(*http.Transport).DialContext = func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return vm.dialer.Dial(ctx, guest.PortInference)
+	}
+	vm.await(func() bool {
+		ctx, cancel := context.WithTimeout(vm.t.Context(), 20*time.Second)
+		defer cancel()
+		req, err := http.NewRequestWithContext(ctx, http.MethodGet, "https://vm/v1/models", nil)
+		if err != nil {
+			vm.t.Fatal(err)
+		}
+		resp, err := c.http.Do(req)
+		if err != nil {
+			return false
+		}
+		resp.Body.Close()
+		return resp.StatusCode == http.StatusOK
+	})
+	return c
 }
 
 // startQEMU starts QEMU and what belongs to it, and lets the VM run.

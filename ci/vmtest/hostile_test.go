@@ -19,6 +19,7 @@ import (
 	"time"
 
 	"chrysalis/attest/receipt"
+	"chrysalis/ci/vmtest/hostile/secret"
 	"chrysalis/guest"
 	"chrysalis/image/profile"
 	"chrysalis/launcher"
@@ -58,19 +59,6 @@ var wideProfile = []string{
 	"sched_setscheduler", "setpriority",
 }
 
-// notThere is what the hostile engine looks for and does not find.
-var notThere = []string{
-	"/proc/1/mem", "/proc/1/environ", "/proc/1/root", "/proc/self/mem", "/proc/kcore", "/proc/sysrq-trigger",
-	"/proc/sys/kernel/core_pattern", "/proc/sys/kernel/modules_disabled", "/proc/cmdline", "/proc/kallsyms",
-	"/sys/kernel/config/tsm/report", "/sys/kernel/security/lockdown", "/sys/power/state", "/sys/bus/pci/rescan",
-	"/sys/devices/virtual/misc/tdx_guest/measurements/rtmr3:sha384", "/sys/class/tpm/tpm0/pcr-sha256/15",
-	"/sys/firmware/acpi/tables/DSDT", "/sys/fs/cgroup/cgroup.procs", "/sys/fs/cgroup/engine/memory.max",
-	"/dev/mem", "/dev/kmsg", "/dev/port", "/dev/tpm0", "/dev/tpmrm0", "/dev/tdx_guest", "/dev/console", "/dev/ttyS0",
-	"/dev/vda", "/dev/vda1", "/dev/vdb", "/dev/vdc", "/dev/dm-0", "/dev/mapper/control", "/dev/vsock", "/dev/vhost-vsock",
-	"/dev/rtc0", "/dev/userfaultfd", "/dev/fuse", "/dev/cpu_dma_latency", "/dev/dma_heap/system",
-	"/init", "/image.json", "/modules", "/run/disks", "/run/door", "/run/disks/model-0/model.json",
-}
-
 // attackOutcomes is what each attack must come to, under the narrowest profile or
 // under the widest.
 func attackOutcomes(wide bool) map[string]string {
@@ -104,7 +92,7 @@ func attackOutcomes(wide bool) map[string]string {
 			want[name] = byKernel
 		}
 	}
-	for _, path := range notThere {
+	for _, path := range secret.Paths {
 		want["open "+path] = "ENOENT"
 	}
 	return want

@@ -2,14 +2,12 @@ package vmtest
 
 import (
 	"bytes"
-	"context"
 	"crypto/rand"
 	"crypto/sha256"
 	"crypto/x509"
 	"encoding/base64"
 	"encoding/json"
 	"encoding/pem"
-	"net"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -20,7 +18,6 @@ import (
 
 	"chrysalis/attest"
 	"chrysalis/attest/evidence"
-	"chrysalis/guest"
 	"chrysalis/image"
 	"chrysalis/image/imagetest"
 	"chrysalis/image/toolsroot"
@@ -192,25 +189,7 @@ func TestPredictedDisk(t *testing.T) {
 			disk := filepath.Join(t.TempDir(), "copy.raw") // the VM can write to it
 			changeFile(t, exported, disk, nil)
 			vm := bootDisk(t, shape, disk)
-			c := newClient(t, "https://vm")
-			c.http.Transport.(*http.Transport).DialContext = func(ctx context.Context, _, _ string) (net.Conn, error) {
-				return vm.dialer.Dial(ctx, guest.PortInference)
-			}
-			vm.await(func() bool {
-				ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
-				defer cancel()
-				req, err := http.NewRequestWithContext(ctx, http.MethodGet, "https://vm/v1/models", nil)
-				if err != nil {
-					t.Fatal(err)
-				}
-				resp, err := c.http.Do(req)
-				if err != nil {
-					return false
-				}
-				resp.Body.Close()
-				return resp.StatusCode == http.StatusOK
-			})
-			checkPrediction(t, h, p, shape, fetchEvidence(t, c), vm.root)
+			checkPrediction(t, h, p, shape, fetchEvidence(t, vm.serving()), vm.root)
 			vm.powerOff()
 		})
 	}
