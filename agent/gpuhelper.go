@@ -79,7 +79,9 @@ func enterHelper() error {
 	if err := limitResources(); err != nil {
 		return err
 	}
-	if err := keepAdmin(); err != nil {
+	// NVIDIA's driver asks for this one before it changes the ready state. What else
+	// it allows, the system call filter does not.
+	if err := dropPrivileges(0, 1<<unix.CAP_SYS_ADMIN); err != nil {
 		return err
 	}
 	if err := unix.CloseRange(3, ^uint(0), unix.CLOSE_RANGE_CLOEXEC); err != nil {
@@ -125,33 +127,4 @@ func buildHelperRoot() error {
 		return fmt.Errorf("close /dev: %w", err)
 	}
 	return pivot(helperRoot)
-}
-
-// keepAdmin drops every capability but the one that NVIDIA's driver asks for
-// before it changes the ready state (CAP_SYS_ADMIN). What else that allows, the
-// system call filter does not.
-func keepAdmin() error {
-	for capability := uintptr(0); ; capability++ {
-		if capability == unix.CAP_SYS_ADMIN {
-			continue
-		}
-		if err := unix.Prctl(unix.PR_CAPBSET_DROP, capability, 0, 0, 0); err == unix.EINVAL {
-			break
-		} else if err != nil {
-			return fmt.Errorf("drop capability %d: %w", capability, err)
-		}
-	}
-	if err := syscall.Setgroups(nil); err != nil {
-		return fmt.Errorf("drop groups: %w", err)
-	}
-	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
-	const admin = 1 << unix.CAP_SYS_ADMIN
-	keep := [2]unix.CapUserData{{Effective: admin, Permitted: admin}}
-	if err := unix.Capset(&header, &keep[0]); err != nil {
-		return fmt.Errorf("drop capabilities: %w", err)
-	}
-	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
-		return fmt.Errorf("set no_new_privs: %w", err)
-	}
-	return nil
 }

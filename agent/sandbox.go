@@ -105,7 +105,7 @@ func enterSandbox() error {
 	if err := limitResources(); err != nil {
 		return err
 	}
-	if err := dropPrivileges(); err != nil {
+	if err := dropPrivileges(engineID, 0); err != nil {
 		return err
 	}
 	if err := unix.CloseRange(3, ^uint(0), unix.CLOSE_RANGE_CLOEXEC); err != nil {
@@ -237,10 +237,13 @@ func limitResources() error {
 	return nil
 }
 
-// dropPrivileges leaves no capability in any set, now or after an exec, and the
-// engine's own user.
-func dropPrivileges() error {
+// dropPrivileges gives up every capability but those of a mask (bits of the first
+// 32), all groups, and with id other than 0 being root. There is no way back.
+func dropPrivileges(id int, keep uint32) error {
 	for capability := uintptr(0); ; capability++ {
+		if capability < 32 && keep&(1<<capability) != 0 {
+			continue
+		}
 		// EINVAL: past the last one that this kernel knows.
 		if err := unix.Prctl(unix.PR_CAPBSET_DROP, capability, 0, 0, 0); err == unix.EINVAL {
 			break
@@ -251,15 +254,17 @@ func dropPrivileges() error {
 	if err := syscall.Setgroups(nil); err != nil {
 		return fmt.Errorf("drop groups: %w", err)
 	}
-	if err := syscall.Setresgid(engineID, engineID, engineID); err != nil {
-		return fmt.Errorf("change group: %w", err)
-	}
-	if err := syscall.Setresuid(engineID, engineID, engineID); err != nil {
-		return fmt.Errorf("change user: %w", err)
+	if id != 0 {
+		if err := syscall.Setresgid(id, id, id); err != nil {
+			return fmt.Errorf("change group: %w", err)
+		}
+		if err := syscall.Setresuid(id, id, id); err != nil {
+			return fmt.Errorf("change user: %w", err)
+		}
 	}
 	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
-	var none [2]unix.CapUserData
-	if err := unix.Capset(&header, &none[0]); err != nil {
+	kept := [2]unix.CapUserData{{Effective: keep, Permitted: keep}}
+	if err := unix.Capset(&header, &kept[0]); err != nil {
 		return fmt.Errorf("drop capabilities: %w", err)
 	}
 	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
