@@ -32,6 +32,8 @@ import (
 	"syscall"
 	"text/tabwriter"
 	"time"
+
+	"chrysalis/outfile"
 )
 
 // A result is what one target's run came to.
@@ -280,7 +282,7 @@ func (p *progress) add(name string, r result) {
 	}
 	data, err := json.MarshalIndent(p.done, "", "  ")
 	if err == nil {
-		err = errors.Join(os.WriteFile(p.path+".new", append(data, '\n'), 0o644), os.Rename(p.path+".new", p.path))
+		err = outfile.Write(p.path, append(data, '\n'), 0o644)
 	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "fuzz: keep the state:", err)

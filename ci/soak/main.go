@@ -34,6 +34,7 @@ import (
 	"chrysalis/guest"
 	"chrysalis/launcher"
 	"chrysalis/manifest"
+	"chrysalis/outfile"
 )
 
 func main() {
@@ -266,12 +267,7 @@ func relay(dir string) error {
 		return err
 	}
 	go http.Serve(counts, http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, runtime.NumGoroutine()) }))
-	// Under its final name when it is whole.
-	name := filepath.Join(dir, "relay")
-	if err := os.WriteFile(name+".new", []byte(l.Addr().String()), 0o600); err != nil {
-		return err
-	}
-	if err := os.Rename(name+".new", name); err != nil {
+	if err := outfile.Write(filepath.Join(dir, "relay"), []byte(l.Addr().String()), 0o600); err != nil {
 		return err
 	}
 	return r.Serve(context.Background(), l.(*net.TCPListener))
