@@ -31,6 +31,9 @@ type output struct {
 
 	direct  *os.File   // the same file, past the page cache; nil where that cannot be
 	writing sync.Mutex // held while a group goes through the page cache
+
+	allocating sync.Mutex
+	allocated  map[int64]bool // windows that have their blocks, see allocate; nil where that cannot be
 }
 
 func createOutput(path string, replace bool) (*output, error) {
@@ -104,7 +107,41 @@ func (o *output) openDirect() {
 	}
 	if fd, err := unix.Open(name, unix.O_WRONLY|unix.O_DIRECT|unix.O_CLOEXEC, 0); err == nil {
 		o.direct = os.NewFile(uintptr(fd), o.path)
+		o.allocated = map[int64]bool{}
 	}
+}
+
+// window is how many bytes are allocated at a time. A disk that is mostly zeros takes
+// so much at each place that is not.
+const window = 16 << 20
+
+// allocate gives the window around a group its blocks, if the file reaches so far. A
+// direct write into a hole has the file to itself, on ext4 at least; one into blocks
+// that are there goes on beside others.
+func (o *output) allocate(at int64) error {
+	o.allocating.Lock()
+	defer o.allocating.Unlock()
+	n := at / window
+	if o.allocated == nil || o.allocated[n] {
+		return nil
+	}
+	info, err := o.Stat()
+	if err != nil {
+		return err
+	}
+	size := min(window, info.Size()-n*window)
+	if size <= 0 || at+groupSize > info.Size() {
+		return nil // a stream's file grows as it is written
+	}
+	switch err := unix.Fallocate(int(o.Fd()), unix.FALLOC_FL_KEEP_SIZE, n*window, size); {
+	case errors.Is(err, unix.EOPNOTSUPP), errors.Is(err, unix.EINTR):
+		o.allocated = nil // it is only faster with it
+	case err != nil:
+		return &fs.PathError{Op: "allocate", Path: o.path, Err: err}
+	default:
+		o.allocated[n] = true
+	}
+	return nil
 }
 
 // writeGroup writes a buffer of alignedBuffer's at a multiple of its alignment. It
@@ -113,6 +150,9 @@ func (o *output) openDirect() {
 // when the file is synced. It may be called from several goroutines.
 func (o *output) writeGroup(p []byte, at int64) error {
 	if o.direct != nil {
+		if err := o.allocate(at); err != nil {
+			return err
+		}
 		_, err := o.direct.WriteAt(p, at)
 		return err
 	}
