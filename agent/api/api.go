@@ -30,6 +30,7 @@ import (
 	"log"
 	"net"
 	"net/http"
+	"runtime/debug"
 	"strconv"
 	"strings"
 	"sync"
@@ -113,6 +114,7 @@ type Server struct {
 	tick       time.Duration
 	queueLimit time.Duration
 	memory     atomic.Int64 // bytes left for bodies and held answers
+	releasing  atomic.Bool  // soon, to the system
 	waiting    waiting
 	draining   atomic.Bool
 	http       *http.Server
@@ -282,7 +284,7 @@ type exchange struct {
 func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	x := &exchange{s: s, w: w, r: r, rc: http.NewResponseController(w), end: time.Now().Add(s.total)}
 	x.bodyRead = r.ContentLength == 0
-	defer func() { s.memory.Add(x.reserved) }()
+	defer func() { s.release(x.reserved) }()
 	defer func() {
 		if p := recover(); p != nil {
 			if p == http.ErrAbortHandler {
@@ -435,6 +437,25 @@ func (x *exchange) reserve(bytes int64) bool {
 			x.reserved += bytes
 			return true
 		}
+	}
+}
+
+// Memory that an exchange had goes back to the system a moment after it, if it was
+// much: an agent that has nothing to do would collect it only minutes later, and the
+// engine has use for it.
+const (
+	muchMemory   = 1 << 20 // bytes
+	releaseDelay = time.Second
+)
+
+// release gives back what an exchange has reserved.
+func (s *Server) release(bytes int64) {
+	s.memory.Add(bytes)
+	if bytes >= muchMemory && s.releasing.CompareAndSwap(false, true) {
+		time.AfterFunc(releaseDelay, func() {
+			s.releasing.Store(false)
+			debug.FreeOSMemory()
+		})
 	}
 }
 

@@ -20,6 +20,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"runtime"
+	"runtime/debug"
 	"slices"
 	"strings"
 	"sync"
@@ -729,6 +730,27 @@ func TestBodyMemory(t *testing.T) {
 	if resp, body := b.post(t, "/v1/chat/completions", hello); resp.StatusCode != 200 {
 		t.Errorf("got %d %s", resp.StatusCode, body)
 	}
+}
+
+// What large bodies took goes back to the system when nothing else happens.
+func TestBodyMemoryIsGivenBack(t *testing.T) {
+	b := start(t, func(w http.ResponseWriter, r *http.Request) { sayJSON(w, 200, `{}`) },
+		func(c *Config) { c.Limits.BodyBytes = 16 << 20 }, nil)
+	held := func() uint64 {
+		var m runtime.MemStats
+		runtime.ReadMemStats(&m)
+		return m.HeapInuse + m.HeapIdle - m.HeapReleased
+	}
+	debug.FreeOSMemory()
+	before := held()
+	const size = 12 << 20
+	if resp, body := b.post(t, "/v1/chat/completions", strings.Repeat(" ", size)+hello); resp.StatusCode != 200 {
+		t.Fatalf("got %d %s", resp.StatusCode, body)
+	}
+	if after := held(); after < before+size {
+		t.Fatalf("the body of %d bytes took %d", size, int64(after)-int64(before))
+	}
+	eventually(t, "the memory is given back", func() bool { return held() < before+size/2 })
 }
 
 // An answer that is held comes out of the same memory; where there is none left it
