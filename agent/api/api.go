@@ -209,7 +209,7 @@ func (s *Server) Serve(ln net.Listener) error {
 // does, in bytes.
 const (
 	baseHeap       = 16 << 20
-	connectionHeap = 24 << 10
+	connectionHeap = 22 << 10
 )
 
 // HeapLimit is the soft limit on the Go heap that a process with this server needs.
