@@ -99,7 +99,6 @@ type CreditTerms struct {
 // An Owner is what terms say of who is paid.
 type Owner struct {
 	Account    [32]byte // in the basechain
-	CodeHash   [32]byte // of the channel's contract
 	MinDeposit uint64   // nanotons
 	MinDelay   int64    // seconds
 }
@@ -112,7 +111,7 @@ func (b *Book) Terms(o Owner, resource, why string, credit *Credit) Terms {
 	a := Accept{
 		Scheme: Scheme, Network: "ton:" + strconv.FormatInt(int64(b.globalID), 10), Asset: Asset,
 		PayTo: voucher.Channel(o.Account).String(), Amount: amount(tariff.Step), Resource: resource,
-		Extra: Extra{CodeHash: hex.EncodeToString(o.CodeHash[:]), MinDeposit: amount(o.MinDeposit), MinDelay: o.MinDelay},
+		Extra: Extra{CodeHash: hex.EncodeToString(voucher.CodeHash[:]), MinDeposit: amount(o.MinDeposit), MinDelay: o.MinDelay},
 	}
 	for id, p := range tariff.Models {
 		a.Extra.Models = append(a.Extra.Models, ModelPrice{id, p})
