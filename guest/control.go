@@ -17,7 +17,7 @@ const (
 	OpStop    ControlOp = "stop"    // end the VM with ReasonStopped; reply first
 	OpPrices  ControlOp = "prices"  // Payment: who is paid, and the current prices; before the first one nothing that has a price is served
 	OpAdmit   ControlOp = "admit"   // Admit: begin to serve on a channel, or take what changed of it
-	OpDrop    ControlOp = "drop"    // Channel: forget it; refused while a request runs on it or something of it is to be collected
+	OpDrop    ControlOp = "drop"    // Channel: forget it, known or not; refused while a request runs on it or something of it is to be collected
 	OpCollect ControlOp = "collect" // Ack, WaitMS: what has been paid and used since; the reply has Batch, Balances and Wanted
 )
 

@@ -182,7 +182,9 @@ type CounterTable struct {
 	Connections    int64 `json:"connections"`     // accepted on the inference port
 	Requests       int64 `json:"requests"`        // admitted to the engine
 	Active         int64 `json:"active"`          // being served now
-	Refused        int64 `json:"refused"`         // answered 4xx by the agent itself
+	Paid           int64 `json:"paid"`            // begun with cover by what was paid
+	Unpaid         int64 `json:"unpaid"`          // answered 402, or cut off for want of cover
+	Refused        int64 `json:"refused"`         // answered 4xx by the agent itself, but for 402 and 429
 	Busy           int64 `json:"busy"`            // answered 429
 	Unavailable    int64 `json:"unavailable"`     // answered 503
 	EngineErrors   int64 `json:"engine_errors"`   // the engine broke off or answered 5xx

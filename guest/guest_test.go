@@ -50,7 +50,7 @@ func TestStatusDocument(t *testing.T) {
 	}
 	const want = `{"version":1,"image":"chrysalis","phase":"serve","ready":true,"draining":false,` +
 		`"uptime_ms":0,"kernel_ms":0,"phases":[{"name":"mounts","ms":7}],` +
-		`"counters":{"connections":0,"requests":0,"active":0,"refused":0,"busy":0,"unavailable":0,` +
+		`"counters":{"connections":0,"requests":0,"active":0,"paid":0,"unpaid":0,"refused":0,"busy":0,"unavailable":0,` +
 		`"engine_errors":0,"cancelled":0,"engine_restarts":0,"agent_rss_kib":0,"agent_peak_kib":0,` +
 		`"agent_goroutines":0,"agent_descriptors":0}}`
 	if string(data) != want {

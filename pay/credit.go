@@ -179,13 +179,16 @@ func (b *Book) Admit(a Admission) error {
 	return nil
 }
 
-// Drop forgets a channel on which nothing runs and of which nothing is to be told,
-// and reports whether it did.
+// Drop forgets a channel, and reports whether it is unknown now: one on which
+// something runs, or of which there is something to tell, is kept.
 func (b *Book) Drop(channel voucher.Channel) bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	a := b.accounts[channel]
-	if a == nil || a.running > 0 || a.queued || a.told {
+	if a == nil {
+		return true
+	}
+	if a.running > 0 || a.queued || a.told {
 		return false
 	}
 	delete(b.accounts, channel)

@@ -134,7 +134,7 @@ func (w *channelWorld) last() int64 {
 // world has a contract but the channel, so nobody else pays fees but for storage.
 func TestChannelLife(t *testing.T) {
 	if got := ChannelCode().Hash(); !bytes.Equal(got, voucher.CodeHash[:]) {
-		t.Errorf("the code's hash is %s", got)
+		t.Errorf("the code's hash is %x", got)
 	}
 	w := openChannel(t)
 	held := int64(deposit) - w.last()
