@@ -100,12 +100,12 @@ func Start(m *manifest.Manifest, engine http.Handler, change func(*api.Config)) 
 	}
 	w.close = append(w.close, func() { os.RemoveAll(dir) })
 	socket := filepath.Join(dir, "engine")
-	listener, err := net.Listen("unix", socket)
+	behind, err := net.Listen("unix", socket)
 	if err != nil {
 		return nil, err
 	}
 	server := &http.Server{Handler: engine}
-	w.serve(func() { server.Serve(listener) }, func() { server.Close() })
+	w.serve(func() { server.Serve(behind) }, func() { server.Close() })
 
 	public, private, err := ed25519.GenerateKey(rand.Reader)
 	if err != nil {
@@ -140,12 +140,12 @@ func Start(m *manifest.Manifest, engine http.Handler, change func(*api.Config)) 
 		w.Receipts = key
 	}
 	w.Server = api.New(c)
-	if listener, err = net.Listen("tcp", "127.0.0.1:0"); err != nil {
+	inference, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
 		return nil, err
 	}
-	w.Address = listener.Addr().String()
+	w.Address = inference.Addr().String()
 	w.URL = "https://" + w.Address
-	inference := listener
 	w.serve(func() { w.Server.Serve(inference) }, func() {
 		ctx, cancel := context.WithTimeout(context.Background(), 100*time.Millisecond)
 		defer cancel()
