@@ -12,6 +12,8 @@
 //   - All that a client can make the agent hold is bounded: connections, headers,
 //     bodies and the memory for all of them together, time, places in the engine.
 //   - Nothing of a prompt, an answer or a key is logged or counted.
+//   - What has a price is served as far as it is covered (package pay; till.go is the
+//     owner's side, payment.go the clients').
 //
 // It speaks HTTP/1.1 only. HTTP/2 is left out on purpose: its multiplexing,
 // header compression and flow control are a large part of what has gone wrong in

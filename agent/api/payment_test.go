@@ -631,6 +631,9 @@ func TestCutOff(t *testing.T) {
 	}
 	eventually(t, "no place is held", func() bool { return w.Active() == 0 })
 
+	if t.Failed() {
+		return // what follows would go on until the VM's time limit
+	}
 	// Nothing has gone out before the first one: that is an answer 402.
 	w2 := start(t, smallSteps(), func(rw http.ResponseWriter, r *http.Request) {
 		io.Copy(io.Discard, r.Body)
