@@ -99,8 +99,9 @@ func NewBook(globalID int32, spki [32]byte, ceilings Tariff, channels int) (*Boo
 }
 
 // Changed returns a channel that is closed as soon as a channel has been admitted or
-// dropped, or vouchers have begun to cover. Who waits for that asks for the channel
-// first, and then looks whether it need wait.
+// dropped, vouchers have begun to cover, or a request has ended, which may leave more
+// for others. Who waits for that asks for the channel first, and then looks whether it
+// need wait.
 func (b *Book) Changed() <-chan struct{} {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -482,6 +483,7 @@ func (r *Request) End(usage *Usage, whole bool) Charge {
 		r.ended = true
 		r.a.running--
 		r.a.held -= r.hold
+		r.book.change()
 		c.Prompt, c.Completion = r.bounds.Tokens(usage, whole)
 		if !whole {
 			p, n := r.sent.Tokens(nil, false)

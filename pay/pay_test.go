@@ -418,6 +418,7 @@ func TestStartWhole(t *testing.T) {
 			t.Errorf("asked for %d: %d, not %d", tt.asked, got, tt.want)
 		}
 		if tt.asked == 0 {
+			changed := b.Changed()
 			// What the one holds, another cannot have.
 			if _, _, err := b.StartWhole(s, model, bytes, 0); !errors.Is(err, ErrNoCover) {
 				t.Errorf("held twice: %v", err)
@@ -427,6 +428,11 @@ func TestStartWhole(t *testing.T) {
 			}
 			if c := r.End(&Usage{0, most + 1}, true); c.Amount != 0 {
 				t.Errorf("more than the engine was told to make: %+v", c)
+			}
+			select {
+			case <-changed:
+			default:
+				t.Error("nobody is told that there is cover again")
 			}
 		}
 		r.End(nil, true)

@@ -293,7 +293,8 @@ type exchange struct {
 	receipt   *pending
 	route     *route
 	bill      *pay.Request // nil where nothing is charged
-	session   pay.Session  // with a bill: whose
+	session   pay.Session  // who pays
+	unknown   error        // why nobody does
 }
 
 // ServeHTTP implements http.Handler.

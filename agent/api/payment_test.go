@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -384,9 +385,36 @@ func TestUnpaidBeforeBody(t *testing.T) {
 	}
 	req.Header.Set("Content-Type", "application/json")
 	req.ContentLength = 1 << 20
-	if resp, body := w.do(req); resp.StatusCode != 402 {
+	if resp, body := w.do(req); resp.StatusCode != 402 || !bytes.Contains(body, []byte("open a channel")) {
 		t.Errorf("%d %s", resp.StatusCode, body)
 	}
+	// Nor do bodies wait for channels that nobody knows, even where a model is free.
+	w = start(t, nil, nil, nil)
+	r, hold = io.Pipe()
+	defer hold.Close()
+	if req, err = http.NewRequest("POST", w.URL+chat, r); err != nil {
+		t.Fatal(err)
+	}
+	p := newPayer(1)
+	req.Header.Set("Content-Type", "application/json")
+	req.Header.Set(pay.PayerHeader, w.proof(p, 0)[1])
+	req.ContentLength = 16 << 20
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		if resp, err := w.Client.Do(req); err == nil {
+			resp.Body.Close()
+		}
+	}()
+	go hold.Write(make([]byte, 1<<20))
+	eventually(t, "the channel is wanted", func() bool {
+		return len(w.control(guest.ControlRequest{Op: guest.OpCollect}).Wanted) == 1
+	})
+	if n := w.HeldMemory(); n != 0 {
+		t.Errorf("%d bytes are held", n)
+	}
+	hold.Close()
+	<-done
 }
 
 // TestFree serves for nothing what costs nothing, to anybody.
@@ -1160,6 +1188,13 @@ func TestChannelMemory(t *testing.T) {
 	w := start(t, nil, nil, nil)
 	a := newPayer(1).admission(10 * step)
 	most := 16 << 10
+	heap := func() int64 {
+		var m runtime.MemStats
+		runtime.GC()
+		runtime.ReadMemStats(&m)
+		return int64(m.HeapAlloc)
+	}
+	before := heap()
 	for i := range most + 1 {
 		channel := voucher.Channel{0: 1, 1: byte(i >> 16), 2: byte(i >> 8), 3: byte(i)}
 		a.Channel = channel.String()
@@ -1167,6 +1202,11 @@ func TestChannelMemory(t *testing.T) {
 		if reply.OK != (i < most) {
 			t.Fatalf("%d: %+v", i, reply)
 		}
+	}
+	if took := heap() - before; took > 12<<20 {
+		t.Errorf("%d bytes for %d channels", took, most)
+	} else {
+		t.Logf("%d bytes for each channel", took/int64(most))
 	}
 }
 
