@@ -86,9 +86,13 @@ func (vm *handVM) isPaid(t *testing.T) {
 		if path != "/.well-known/payment" {
 			body = question("hello", false)
 		}
+		failed := func(err error) (*http.Response, []byte) {
+			t.Errorf("%s %s: %v", method, path, err)
+			return &http.Response{}, nil
+		}
 		req, err := http.NewRequest(method, vm.client.endpoint+path, body)
 		if err != nil {
-			t.Fatal(err)
+			return failed(err)
 		}
 		req.Header.Set("Content-Type", "application/json")
 		for i := 0; i < len(header); i += 2 {
@@ -96,12 +100,12 @@ func (vm *handVM) isPaid(t *testing.T) {
 		}
 		resp, err := vm.client.http.Do(req)
 		if err != nil {
-			t.Fatal(err)
+			return failed(err)
 		}
 		defer resp.Body.Close()
 		data, err := io.ReadAll(io.LimitReader(resp.Body, 1<<20))
 		if err != nil {
-			t.Fatal(err)
+			return failed(err)
 		}
 		return resp, data
 	}
