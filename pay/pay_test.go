@@ -413,13 +413,18 @@ func TestStartWhole(t *testing.T) {
 	const bytes = 1000
 	prompt := int64(bytes + TemplateTokens)
 	most := (2*step - prompt) / 3
-	for _, tt := range []struct{ asked, want int64 }{{0, most}, {most + 1, most}, {most, most}, {most - 1, most - 1}, {1, 1}, {math.MaxInt64, most}, {-5, most}} {
+	for _, tt := range []struct{ asked, want int64 }{{0, DefaultAnswer}, {most + 1, most}, {most, most}, {most - 1, most - 1}, {1, 1}, {math.MaxInt64, most}, {-5, DefaultAnswer}} {
 		r, got, err := b.StartWhole(s, model, bytes, tt.asked)
 		must(t, err)
 		if got != tt.want {
 			t.Errorf("asked for %d: %d, not %d", tt.asked, got, tt.want)
 		}
 		if tt.asked == 0 {
+			again, _, err := b.StartWhole(s, model, bytes, 0)
+			must(t, err) // it leaves something for others
+			again.End(nil, true)
+		}
+		if tt.asked == math.MaxInt64 {
 			changed := b.Changed()
 			// What the one holds, another cannot have.
 			if _, _, err := b.StartWhole(s, model, bytes, 0); !errors.Is(err, ErrNoCover) {
@@ -439,7 +444,7 @@ func TestStartWhole(t *testing.T) {
 		}
 		r.End(nil, true)
 	}
-	r, got, err := b.StartWhole(s, model, bytes, 0)
+	r, got, err := b.StartWhole(s, model, bytes, MaxAsked)
 	must(t, err)
 	r.Send(1 << 20)
 	if c := r.End(&Usage{prompt, got}, true); c.Amount != price.Cost(prompt, most) || c.Credit.Used > 2*step {
