@@ -363,7 +363,11 @@ func (s *Server) handle(x *exchange) error {
 		return err
 	}
 	conn, _ := x.r.Context().Value(connKey{}).(net.Conn)
-	if client == nil {
+	switch {
+	case client != nil:
+	case s.till != nil && x.unknown == nil:
+		client = x.session
+	default:
 		client = conn
 	}
 	// Who would be refused is told before it has sent its body.

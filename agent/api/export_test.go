@@ -10,3 +10,6 @@ func (s *Server) SetPaymentLimits(admit, durable, cover time.Duration) {
 
 // HeldMemory is how many bytes bodies and answers take of the memory set aside.
 func (s *Server) HeldMemory() int64 { return defaultMemory - s.memory.Load() }
+
+// Queued is how many requests wait for a place.
+func (s *Server) Queued() int { return s.queued() }

@@ -1111,6 +1111,51 @@ func TestControlRefuses(t *testing.T) {
 	w.control(guest.ControlRequest{Op: guest.OpDrop, Channel: good.Channel})
 }
 
+// TestPayersTakeTurns has a payer with many connections wait behind itself.
+func TestPayersTakeTurns(t *testing.T) {
+	m := apitest.Manifest()
+	m.Limits.Concurrency = 2
+	order, next := make(chan string, 10), make(chan struct{})
+	w := start(t, m, func(rw http.ResponseWriter, r *http.Request) {
+		body, _ := io.ReadAll(r.Body)
+		order <- string(body[bytes.Index(body, []byte("from "))+5])
+		<-next
+		rw.Header().Set("Content-Type", "application/json")
+		io.WriteString(rw, `{"choices":[{"message":{"content":"Hello"}}],"usage":{"prompt_tokens":9,"completion_tokens":2}}`)
+	}, nil)
+	a, b := newPayer(1), newPayer(2)
+	w.open(a.admission(100*step), b.admission(100*step))
+	w.pays(a, 50*step)
+	w.pays(b, 50*step)
+	var wait sync.WaitGroup
+	send := func(p payer, name string, waiting int) {
+		wait.Add(1)
+		go func() {
+			defer wait.Done()
+			body := strings.Replace(ask, "a secret", "from "+name, 1)
+			if resp, got := w.do(w.request("POST", chat, body, w.proof(p, 0)...)); resp.StatusCode != 200 {
+				t.Errorf("%d %s", resp.StatusCode, got)
+			}
+		}()
+		eventually(t, name+" waits", func() bool { return w.Active() == 2 && w.Queued() == waiting || waiting < 0 })
+	}
+	send(a, "a", -1)
+	send(a, "a", 0)
+	send(a, "a", 1)
+	send(b, "b", 2)
+	got := <-order + <-order
+	next <- struct{}{}
+	got += <-order
+	next <- struct{}{}
+	got += <-order
+	if got != "aaba" {
+		t.Errorf("served %s", got)
+	}
+	next <- struct{}{}
+	next <- struct{}{}
+	wait.Wait()
+}
+
 // TestBatches tells of many channels in messages of at most 4 KiB, each once.
 func TestBatches(t *testing.T) {
 	w := start(t, nil, nil, nil)
