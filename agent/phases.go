@@ -232,6 +232,7 @@ func (a *agent) serve(context.Context) error {
 		Models:        a.manifest.Models,
 		Limits:        a.manifest.Limits,
 		Tokens:        a.manifest.Tokens,
+		Payment:       a.manifest.Payment,
 		Certificate:   a.identity,
 		ReceiptKey:    a.receipts,
 		Manifest:      manifest.SHA384(a.encoded),
@@ -298,6 +299,8 @@ func (a *agent) control(r guest.ControlRequest) (guest.ControlReply, func()) {
 			_ = a.server.Shutdown(ctx)
 			a.end(&fault{guest.ReasonStopped, errors.New("the host asked for it")})
 		}
+	case guest.OpPrices, guest.OpAdmit, guest.OpDrop, guest.OpCollect:
+		return a.server.Payment(r), nil
 	default:
 		return guest.ControlReply{Error: guest.ErrorUnknownOp}, nil
 	}

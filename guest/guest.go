@@ -1,6 +1,6 @@
 // Package guest is what a Chrysalis VM and its host say to each other: the
 // vsock ports, the boot phases, the enumerated reasons for which a VM ends, the
-// status document and the control messages.
+// status document and the control messages (control.go).
 //
 // Everything here is read by an untrusted host and written by it too, so it
 // holds enumerated values, coarse counters and NVIDIA's names for what a GPU is
@@ -182,7 +182,9 @@ type CounterTable struct {
 	Connections    int64 `json:"connections"`     // accepted on the inference port
 	Requests       int64 `json:"requests"`        // admitted to the engine
 	Active         int64 `json:"active"`          // being served now
-	Refused        int64 `json:"refused"`         // answered 4xx by the agent itself
+	Paid           int64 `json:"paid"`            // begun with cover by what was paid
+	Unpaid         int64 `json:"unpaid"`          // answered 402, or cut off for want of cover
+	Refused        int64 `json:"refused"`         // answered 4xx by the agent itself, but for 402 and 429
 	Busy           int64 `json:"busy"`            // answered 429
 	Unavailable    int64 `json:"unavailable"`     // answered 503
 	EngineErrors   int64 `json:"engine_errors"`   // the engine broke off or answered 5xx
@@ -192,35 +194,4 @@ type CounterTable struct {
 	AgentPeakKiB   int64 `json:"agent_peak_kib"`  // its peak
 	Goroutines     int64 `json:"agent_goroutines"`
 	Descriptors    int64 `json:"agent_descriptors"` // open files and sockets of PID 1
-}
-
-// MaxControlMessage bounds a control message, request or reply, in bytes.
-const MaxControlMessage = 4 << 10
-
-// ControlOp is what the host asks for on the control port.
-type ControlOp string
-
-// The operations. None of them can change what a client has verified.
-const (
-	OpDrain ControlOp = "drain" // admit no new request; reply at once
-	OpStop  ControlOp = "stop"  // end the VM with ReasonStopped; reply first
-)
-
-// ControlRequest is one JSON object followed by a newline, at most
-// MaxControlMessage bytes. Unknown fields are refused.
-type ControlRequest struct {
-	Op ControlOp `json:"op"`
-}
-
-// The errors of a ControlReply.
-const (
-	ErrorBadMessage = "bad-message" // not one strict ControlRequest and a newline
-	ErrorUnknownOp  = "unknown-op"  // an operation that this version does not have
-)
-
-// ControlReply is one JSON object followed by a newline.
-type ControlReply struct {
-	OK     bool   `json:"ok"`
-	Error  string `json:"error,omitempty"` // ErrorBadMessage, ErrorUnknownOp
-	Active int64  `json:"active"`          // requests still being served
 }

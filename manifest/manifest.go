@@ -1,6 +1,7 @@
 // Package manifest reads and writes the only configuration that a Chrysalis VM
 // takes: one canonical JSON document (RFC 8785) that names the engine disk, the
-// model disks, typed engine parameters and the service limits.
+// model disks, typed engine parameters, the service limits and what clients can be
+// charged.
 //
 // The host writes it, so it is hostile input to the guest. What a client trusts
 // is its hash, which is part of the evidence; therefore one meaning has exactly
@@ -16,6 +17,7 @@ import (
 	"regexp"
 
 	"chrysalis/canonical"
+	"chrysalis/pay"
 )
 
 // MaxSize is the largest manifest, in bytes.
@@ -24,7 +26,8 @@ const MaxSize = 64 << 10
 // Version is the version that this package reads and writes.
 const Version = 1
 
-// Manifest is the configuration of one VM. Every field but Tokens is required.
+// Manifest is the configuration of one VM. Every field but Tokens and Payment is
+// required.
 type Manifest struct {
 	Version    int              `json:"version"`
 	Engine     Disk             `json:"engine"`
@@ -35,6 +38,16 @@ type Manifest struct {
 	// Tokens are the SHA-256 of each bearer token that is let in, 64 lower-case
 	// hexadecimal digits, in ascending order. Without the field everybody is.
 	Tokens []string `json:"tokens,omitempty"`
+	// Payment is what clients can be charged at most. Without it the VM serves for free.
+	Payment *Payment `json:"payment,omitempty"`
+}
+
+// Payment is what of charging is fixed, and seen by who verifies the VM. The prices
+// that are asked for are the host's to set, at or below the ceilings (package guest).
+type Payment struct {
+	Network  int32       `json:"network"`  // global id of the TON network on which vouchers are
+	Step     int64       `json:"step"`     // nanotons that a voucher adds at least, 1 to pay.MaxStep
+	Ceilings []pay.Price `json:"ceilings"` // as many as models, in their order; at least one is not free
 }
 
 // Disk identifies a dm-verity disk (sha256, 4 KiB data and hash blocks, hash
@@ -144,12 +157,67 @@ func (m *Manifest) Validate() error {
 			return fmt.Errorf("tokens[%d]: not in ascending order, or there twice", i)
 		}
 	}
+	if m.Payment != nil {
+		if err := m.Payment.validate(len(m.Models)); err != nil {
+			return err
+		}
+	}
 	return errors.Join(
 		inRange("limits.body_bytes", m.Limits.BodyBytes, 1<<10, 16<<20),
 		inRange("limits.concurrency", int64(m.Limits.Concurrency), 1, 1024),
 		inRange("limits.idle_seconds", int64(m.Limits.IdleSeconds), 1, 3600),
 		inRange("limits.total_seconds", int64(m.Limits.TotalSeconds), 1, 86400),
 	)
+}
+
+func (p *Payment) validate(models int) error {
+	if err := inRange("payment.step", p.Step, 1, pay.MaxStep); err != nil {
+		return err
+	}
+	if len(p.Ceilings) != models {
+		return fmt.Errorf("payment.ceilings: there are %d, expected one for each of the %d models", len(p.Ceilings), models)
+	}
+	free := true
+	for i, ceiling := range p.Ceilings {
+		if err := ceiling.Validate(); err != nil {
+			return fmt.Errorf("payment.ceilings[%d]: %w", i, err)
+		}
+		free = free && ceiling.Free()
+	}
+	if free {
+		return errors.New("payment.ceilings: all are 0; a VM that serves for free has no payment")
+	}
+	return nil
+}
+
+// Ceilings returns the most that clients can be charged, and false for a VM that
+// serves for free. The manifest must be valid.
+func (m *Manifest) Ceilings() (pay.Tariff, bool) {
+	if m.Payment == nil {
+		return pay.Tariff{}, false
+	}
+	t, err := m.Tariff(m.Payment.Ceilings)
+	return t, err == nil
+}
+
+// Tariff puts prices in the order of the models into the form that package pay
+// reckons with. The error says that they are too many, too few or above the ceilings,
+// or that the VM serves for free.
+func (m *Manifest) Tariff(prices []pay.Price) (pay.Tariff, error) {
+	if m.Payment == nil {
+		return pay.Tariff{}, errors.New("the manifest has no payment: the VM serves for free")
+	}
+	if len(prices) != len(m.Models) {
+		return pay.Tariff{}, fmt.Errorf("%d prices for %d models", len(prices), len(m.Models))
+	}
+	t := pay.Tariff{Step: uint64(m.Payment.Step), Models: map[string]pay.Price{}}
+	for i, model := range m.Models {
+		if err := prices[i].Under(m.Payment.Ceilings[i]); err != nil {
+			return pay.Tariff{}, fmt.Errorf("%s: %w", model.ID(), err)
+		}
+		t.Models[model.ID()] = prices[i]
+	}
+	return t, nil
 }
 
 func (d Disk) validate(where string) error {

@@ -8,11 +8,17 @@ import (
 	"reflect"
 	"strings"
 	"testing"
+
+	"chrysalis/pay"
 )
 
 // canonicalSHA384 is of testdata/canonical.json, which was written with another
-// program (Python's json.dumps with sorted keys and no white space).
-const canonicalSHA384 = "3eda1421e1cf46a63f224c3155d5506a85fb860e9f356d9a198f25c5265b798de25e17851924c1a1bfa5d8dbc6b4cbe7"
+// program (Python's json.dumps with sorted keys and no white space), and paymentSHA384
+// of testdata/payment.json, which is the same with a payment.
+const (
+	canonicalSHA384 = "3eda1421e1cf46a63f224c3155d5506a85fb860e9f356d9a198f25c5265b798de25e17851924c1a1bfa5d8dbc6b4cbe7"
+	paymentSHA384   = "2ada36b9d46d7de91bd84068915a8c0a4af0003235c20aea4bab5d2a093df294a9bbf8af2538606f3376d7a2cc12a5b6"
+)
 
 const (
 	hashE = "53b0e0de6e3b4b63b18afcdc8b15b1f9b2c6ce8e8b6a1a6a8cf1c7ba2a1c0f6e"
@@ -29,6 +35,13 @@ func sample() *Manifest {
 	}
 }
 
+// paid is sample with a price.
+func paid() *Manifest {
+	m := sample()
+	m.Payment = &Payment{Network: -239, Step: 10_000_000, Ceilings: []pay.Price{{Prompt: 100, Completion: 300}}}
+	return m
+}
+
 func encode(t testing.TB, m *Manifest) []byte {
 	t.Helper()
 	data, err := m.Encode()
@@ -39,21 +52,29 @@ func encode(t testing.TB, m *Manifest) []byte {
 }
 
 func TestCanonical(t *testing.T) {
-	data, err := os.ReadFile("testdata/canonical.json")
-	if err != nil {
-		t.Fatal(err)
+	read := func(path, want string) *Manifest {
+		data, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		m, err := Parse(data)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if again := encode(t, m); !bytes.Equal(again, data) {
+			t.Errorf("encoded:\n%s\nexpected:\n%s", again, data)
+		}
+		sum := SHA384(data)
+		if got := hex.EncodeToString(sum[:]); got != want {
+			t.Errorf("%s: SHA-384 %s, expected %s", path, got, want)
+		}
+		return m
 	}
-	m, err := Parse(data)
-	if err != nil {
-		t.Fatal(err)
+	p := read("testdata/payment.json", paymentSHA384).Payment
+	if p.Network != -239 || p.Step != 10_000_000 || p.Ceilings[1] != (pay.Price{Prompt: 100, Completion: pay.MaxPrice}) {
+		t.Errorf("read as %+v", p)
 	}
-	if again := encode(t, m); !bytes.Equal(again, data) {
-		t.Errorf("encoded:\n%s\nexpected:\n%s", again, data)
-	}
-	sum := SHA384(data)
-	if got := hex.EncodeToString(sum[:]); got != canonicalSHA384 {
-		t.Errorf("SHA-384 %s, expected %s", got, canonicalSHA384)
-	}
+	m := read("testdata/canonical.json", canonicalSHA384)
 	second := m.Models[1]
 	if m.GPUs != 8 || m.Parameters["context"] != 1<<53-1 || m.Parameters["a_1"] != -(1<<53-1) || second.ID() != "Org-2/Model_7B.Q8@2026-11-22" ||
 		second.Disk.Salt != "00ff" || second.Disk.DataBlocks != 1<<31 || m.Limits != DefaultLimits {
@@ -82,7 +103,11 @@ func TestRoundTrip(t *testing.T) {
 	for i := range MaxTokens {
 		tokens.Tokens = append(tokens.Tokens, fmt.Sprintf("%064x", i))
 	}
-	for name, m := range map[string]*Manifest{"sample": sample(), "largest": largest, "no parameters": none, "tokens": tokens} {
+	largest.Payment = &Payment{Network: -1 << 31, Step: pay.MaxStep}
+	for range largest.Models {
+		largest.Payment.Ceilings = append(largest.Payment.Ceilings, pay.Price{Prompt: pay.MaxPrice, Completion: pay.MaxPrice})
+	}
+	for name, m := range map[string]*Manifest{"sample": sample(), "largest": largest, "no parameters": none, "tokens": tokens, "payment": paid()} {
 		t.Run(name, func(t *testing.T) {
 			got, err := Parse(encode(t, m))
 			if err != nil {
@@ -151,6 +176,12 @@ func TestParseRefuses(t *testing.T) {
 		{"a token twice", swap(`,"version":1`, `,"tokens":["`+hashE+`","`+hashE+`"],"version":1`), "tokens[1]"},
 		{"tokens in another order", swap(`,"version":1`, `,"tokens":["`+hashM+`","`+hashE+`"],"version":1`), "tokens[1]"},
 		{"too many tokens", swap(`,"version":1`, `,"tokens":["`+strings.Repeat(hashE+`","`, MaxTokens)+hashM+`"],"version":1`), "tokens: there are 513"},
+		{"no payment in its field", swap(`"version":1`, `"payment":null,"version":1`), "not canonical"},
+		{"an empty payment", swap(`"version":1`, `"payment":{},"version":1`), "payment.step"},
+		{"a payment without a network", swap(`"version":1`, `"payment":{"ceilings":[{"completion_price":1,"prompt_price":1}],"step":1},"version":1`), "not canonical"},
+		{"a payment without a price", swap(`"version":1`, `"payment":{"ceilings":[{"completion_price":1}],"network":1,"step":1},"version":1`), "not canonical"},
+		{"an unknown field of a payment", swap(`"version":1`, `"payment":{"ceilings":[{"completion_price":1,"prompt_price":1}],"network":1,"payee":"x","step":1},"version":1`), `"payee"`},
+		{"a network of more than 32 bits", swap(`"version":1`, `"payment":{"ceilings":[{"completion_price":1,"prompt_price":1}],"network":2147483648,"step":1},"version":1`), "network"},
 		{"a field twice", swap(`"gpus":0`, `"gpus":0,"gpus":0`), `"gpus" is there twice`},
 		{"a field of a disk twice", swap(`"salt":"00ff"`, `"salt":"00ff","salt":"00ff"`), `"salt" is there twice`},
 		{"a field of a model twice", swap(`"revision":"1"`, `"revision":"1","revision":"1"`), `"revision" is there twice`},
@@ -217,6 +248,9 @@ func TestBounds(t *testing.T) {
 		return func(m *Manifest) { m.Parameters[name] = value }
 	}
 	name := func(s string) func(*Manifest) { return func(m *Manifest) { m.Models[0].Name = s } }
+	payment := func(step int64, ceilings ...pay.Price) func(*Manifest) {
+		return func(m *Manifest) { m.Payment = &Payment{Network: 1, Step: step, Ceilings: ceilings} }
+	}
 	revision := func(s string) func(*Manifest) { return func(m *Manifest) { m.Models[0].Revision = s } }
 	for _, tt := range []struct {
 		name string
@@ -285,6 +319,15 @@ func TestBounds(t *testing.T) {
 		{"an hour of idle time", func(m *Manifest) { m.Limits.IdleSeconds = 3600 }, ""},
 		{"more idle time", func(m *Manifest) { m.Limits.IdleSeconds = 3601 }, "limits.idle_seconds"},
 		{"no time", func(m *Manifest) { m.Limits.TotalSeconds = 0 }, "limits.total_seconds"},
+		{"a payment", payment(1, pay.Price{Completion: 1}), ""},
+		{"a payment of all that can be", payment(pay.MaxStep, pay.Price{Prompt: pay.MaxPrice, Completion: pay.MaxPrice}), ""},
+		{"a step of 0", payment(0, pay.Price{Prompt: 1}), "payment.step"},
+		{"a step of more than can be", payment(pay.MaxStep+1, pay.Price{Prompt: 1}), "payment.step"},
+		{"no ceilings", payment(1), "payment.ceilings: there are 0"},
+		{"a ceiling too many", payment(1, pay.Price{Prompt: 1}, pay.Price{Prompt: 1}), "payment.ceilings: there are 2"},
+		{"a ceiling below 0", payment(1, pay.Price{Prompt: -1, Completion: 1}), "payment.ceilings[0]"},
+		{"a ceiling of more than can be", payment(1, pay.Price{Prompt: 1, Completion: pay.MaxPrice + 1}), "payment.ceilings[0]"},
+		{"ceilings of nothing", payment(1, pay.Price{}), "payment.ceilings: all are 0"},
 		{"a day", func(m *Manifest) { m.Limits.TotalSeconds = 86400 }, ""},
 		{"more than a day", func(m *Manifest) { m.Limits.TotalSeconds = 86401 }, "limits.total_seconds"},
 	} {
@@ -304,8 +347,37 @@ func TestBounds(t *testing.T) {
 	}
 }
 
+// TestTariff puts prices beside their ceilings.
+func TestTariff(t *testing.T) {
+	m := paid()
+	m.Models = append(m.Models, Model{Name: "chrysalis/free", Revision: "2", Disk: m.Models[0].Disk})
+	m.Payment.Ceilings = append(m.Payment.Ceilings, pay.Price{})
+	ceilings, ok := m.Ceilings()
+	want := pay.Tariff{Step: 10_000_000, Models: map[string]pay.Price{"chrysalis/demo@1": {Prompt: 100, Completion: 300}, "chrysalis/free@2": {}}}
+	if !ok || !reflect.DeepEqual(ceilings, want) || ceilings.Validate() != nil {
+		t.Errorf("%+v", ceilings)
+	}
+	if lower, err := m.Tariff([]pay.Price{{Prompt: 99}, {}}); err != nil || lower.Models["chrysalis/demo@1"] != (pay.Price{Prompt: 99}) {
+		t.Errorf("%+v, %v", lower, err)
+	}
+	for name, prices := range map[string][]pay.Price{
+		"none": nil, "one": {{}}, "three": {{}, {}, {}}, "one above": {{Prompt: 101}, {}}, "a price for what is free": {{}, {Completion: 1}}, "one below 0": {{Completion: -1}, {}},
+	} {
+		if _, err := m.Tariff(prices); err == nil {
+			t.Errorf("%s: no error", name)
+		}
+	}
+	if _, ok := sample().Ceilings(); ok {
+		t.Error("ceilings of a VM that serves for free")
+	}
+	if _, err := sample().Tariff([]pay.Price{{}}); err == nil || !strings.Contains(err.Error(), "for free") {
+		t.Errorf("prices of a VM that serves for free: %v", err)
+	}
+}
+
 func FuzzParse(f *testing.F) {
 	f.Add(encode(f, sample()))
+	f.Add(encode(f, paid()))
 	if data, err := os.ReadFile("testdata/canonical.json"); err == nil {
 		f.Add(data)
 	}

@@ -3,11 +3,13 @@ package pay
 import (
 	"bytes"
 	"crypto/ed25519"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"math"
 	"math/big"
 	"math/rand/v2"
+	"slices"
 	"strings"
 	"testing"
 
@@ -50,6 +52,29 @@ func must(t testing.TB, err error) {
 	if err != nil {
 		t.Fatal(err)
 	}
+}
+
+// all has room for every balance.
+func all(Balance) bool { return true }
+
+// settle acknowledges all that is to be told, and returns it.
+func settle(t testing.TB, b *Book) (list []Balance) {
+	t.Helper()
+	for {
+		_, part, err := b.Collect(b.batch, all)
+		must(t, err)
+		if len(part) == 0 {
+			return list
+		}
+		list = append(list, part...)
+	}
+}
+
+// paid pays, and has it be durable.
+func paid(t testing.TB, b *Book, total uint64) {
+	t.Helper()
+	must(t, b.Pay(pay(total)))
+	settle(t, b)
 }
 
 func session(t testing.TB, b *Book) Session {
@@ -176,6 +201,16 @@ func TestCredit(t *testing.T) {
 	}
 	must(t, b.Pay(pay(2*step)))
 	must(t, b.Pay(pay(2*step))) // the same again
+	if _, err := b.Start(s, model, 10, 0); !errors.Is(err, ErrNoCover) || b.Covers(s, 1) {
+		t.Errorf("on a voucher that is not durable: %v", err)
+	}
+	if list := settle(t, b); len(list) != 1 || *list[0].Best != pay(2*step) || list[0].Uses != nil || !b.Covers(s, 2*step) || b.Covers(s, 2*step+1) {
+		t.Errorf("%+v", list)
+	}
+	must(t, b.Pay(pay(2*step))) // once more
+	if list := settle(t, b); len(list) != 0 {
+		t.Errorf("%+v", list)
+	}
 	for _, tt := range []struct {
 		name string
 		v    voucher.Voucher
@@ -216,37 +251,49 @@ func TestCredit(t *testing.T) {
 	if r, err = b.Start(s, model, 1000, 0); err != nil || r.Price() != ceilings().Models[model] {
 		t.Errorf("paid for at another price: %+v, %v", r.Price(), err)
 	}
+	if b.Drop(channel) {
+		t.Error("a channel was dropped of which something is to be told")
+	}
 	r.End(nil, true)
 	// What is left of the channel can be less than a step.
 	must(t, b.Pay(pay(10*step)))
 	must(t, b.Pay(pay(10*step+5)))
 
-	list := b.Balances()
-	if len(list) != 1 || list[0].Used != 290 || *list[0].Best != pay(10*step+5) {
+	list := settle(t, b)
+	if len(list) != 1 || *list[0].Best != pay(10*step+5) || len(list[0].Uses) != 1 || list[0].Uses[0] != (Use{model, 1, 200, 30, 290}) {
 		t.Errorf("%+v", list)
 	}
+	before, _ := b.Credit(s)
 	// Another VM, which the launcher tells what it knows.
 	b = newBook(t)
-	must(t, b.Admit(Admission{Channel: channel, Key: public, Limit: 10*step + 5, Used: list[0].Used, Best: list[0].Best}))
+	must(t, b.Admit(Admission{Channel: channel, Key: public, Limit: 10*step + 5, Used: 290, Best: list[0].Best}))
 	s = session(t, b)
-	if c, ok := b.Credit(s); !ok || c != list[0].Credit {
+	if c, ok := b.Credit(s); !ok || c != before || c != (Credit{channel, 290, 10*step + 5, 10*step + 5}) {
 		t.Errorf("%+v", c)
 	}
-	if len(b.Balances()) != 1 {
-		t.Error("the best voucher is not told again")
+	if len(settle(t, b)) != 0 {
+		t.Error("what the launcher knows is told again")
 	}
 	r, err = b.Start(s, model, 1000, 0)
 	must(t, err)
 	r.End(nil, true)
 	must(t, b.Admit(Admission{Channel: channel, Key: public, Limit: 10*step + 5, Closing: true}))
-	if _, err := b.Start(s, model, 10, 0); !errors.Is(err, ErrNoChannel) {
+	if _, err := b.Start(s, model, 10, 0); !errors.Is(err, ErrClosing) {
 		t.Errorf("a channel that is closing: %v", err)
 	}
-	if err := b.Pay(pay(10 * step)); !errors.Is(err, ErrNoChannel) {
+	if _, _, err := b.StartWhole(s, model, 10, 0); !errors.Is(err, ErrClosing) {
+		t.Errorf("a channel that is closing: %v", err)
+	}
+	if err := b.Pay(pay(10 * step)); !errors.Is(err, ErrClosing) {
 		t.Errorf("pay into it: %v", err)
 	}
-	if !b.Drop(channel) || b.Drop(channel) {
-		t.Error("not dropped once")
+	for range 2 {
+		if !b.Drop(channel) {
+			t.Error("not dropped")
+		}
+	}
+	if _, ok := b.Credit(s); ok {
+		t.Error("dropped, and known")
 	}
 }
 
@@ -275,6 +322,191 @@ func TestAdmitRefuses(t *testing.T) {
 	another := voucher.Key(ed25519.NewKeyFromSeed(make([]byte, 32)).Public().(ed25519.PublicKey))
 	if err := b.Admit(Admission{Channel: voucher.Channel{1}, Key: another, Limit: 9}); err == nil {
 		t.Error("another key for a channel that is known")
+	}
+}
+
+// TestCollect tells batches, some of them twice, and drops nothing that was not
+// told.
+func TestCollect(t *testing.T) {
+	b := newBook(t)
+	b.limit = 10
+	var keys []ed25519.PrivateKey
+	for i := range byte(5) {
+		keys = append(keys, ed25519.NewKeyFromSeed(bytes.Repeat([]byte{10 + i}, 32)))
+		must(t, b.Admit(Admission{Channel: voucher.Channel{i}, Key: voucher.Key(keys[i].Public().(ed25519.PublicKey)), Limit: 100 * step}))
+	}
+	send := func(i int, total uint64) voucher.Voucher {
+		v := voucher.Sign(keys[i], network, voucher.Channel{byte(i)}, total)
+		must(t, b.Pay(v))
+		return v
+	}
+	cover := func(i int) uint64 { return b.accounts[voucher.Channel{byte(i)}].cover }
+	room := func(n int) func(Balance) bool { return func(Balance) bool { n--; return n >= 0 } }
+
+	if n, list, err := b.Collect(0, all); n != 0 || list != nil || err != nil {
+		t.Errorf("nothing to tell: %d, %v, %v", n, list, err)
+	}
+	if _, _, err := b.Collect(1, all); !errors.Is(err, ErrBatch) {
+		t.Errorf("what was never told is acknowledged: %v", err)
+	}
+	for i := range 5 {
+		send(i, uint64(i+1)*step)
+	}
+	select {
+	case <-b.Tell():
+	default:
+		t.Error("nobody is told that there is something")
+	}
+	n, first, err := b.Collect(0, room(2))
+	if n != 1 || len(first) != 2 || first[0].Channel != (voucher.Channel{0}) || first[1].Best.Total != 2*step || err != nil {
+		t.Fatalf("%d, %+v, %v", n, first, err)
+	}
+	better := send(0, 7*step)
+	if n, again, err := b.Collect(0, all); n != 1 || !slices.EqualFunc(again, first, func(a, b Balance) bool { return a.Channel == b.Channel && *a.Best == *b.Best }) || err != nil {
+		t.Errorf("not told again: %d, %+v, %v", n, again, err)
+	}
+	if cover(0) != 0 || b.Drop(voucher.Channel{1}) {
+		t.Error("it counts, or is dropped, before it is durable")
+	}
+	changed := b.Changed()
+	n, second, err := b.Collect(1, room(3))
+	if n != 2 || len(second) != 3 || second[2].Channel != (voucher.Channel{4}) || err != nil {
+		t.Fatalf("%d, %+v, %v", n, second, err)
+	}
+	select {
+	case <-changed:
+	default:
+		t.Error("nobody is told that something is durable")
+	}
+	if cover(0) != step || cover(1) != 2*step || cover(2) != 0 {
+		t.Errorf("%d, %d, %d", cover(0), cover(1), cover(2))
+	}
+	// An old acknowledgement once more changes nothing.
+	if n, again, err := b.Collect(1, all); n != 2 || len(again) != 3 || cover(2) != 0 || err != nil {
+		t.Errorf("%d, %+v, %v", n, again, err)
+	}
+	n, third, err := b.Collect(2, all)
+	if n != 3 || len(third) != 1 || *third[0].Best != better || cover(2) != 3*step || err != nil {
+		t.Fatalf("%d, %+v, %v", n, third, err)
+	}
+	if n, list, err := b.Collect(3, all); n != 0 || list != nil || err != nil || cover(0) != 7*step {
+		t.Errorf("%d, %v, %v", n, list, err)
+	}
+	if n, list, err := b.Collect(3, all); n != 0 || list != nil || err != nil {
+		t.Errorf("an acknowledgement twice: %d, %v, %v", n, list, err)
+	}
+	if !b.Drop(voucher.Channel{1}) {
+		t.Error("not dropped")
+	}
+}
+
+// TestStartWhole lowers what an engine may make to what is covered.
+func TestStartWhole(t *testing.T) {
+	price := ceilings().Models[model] // 1 and 3 nanotons a token
+	b := newBook(t)
+	must(t, b.Admit(Admission{Channel: channel, Key: public, Limit: 10 * step}))
+	s := session(t, b)
+	if _, _, err := b.StartWhole(s, model, 10, 0); !errors.Is(err, ErrNoCover) {
+		t.Errorf("without cover: %v", err)
+	}
+	paid(t, b, step)
+	const bytes = 1000
+	prompt := int64(bytes + TemplateTokens)
+	most := (2*step - prompt) / 3
+	for _, tt := range []struct{ asked, want int64 }{{0, DefaultAnswer}, {most + 1, most}, {most, most}, {most - 1, most - 1}, {1, 1}, {math.MaxInt64, most}, {-5, DefaultAnswer}} {
+		r, got, err := b.StartWhole(s, model, bytes, tt.asked)
+		must(t, err)
+		if got != tt.want {
+			t.Errorf("asked for %d: %d, not %d", tt.asked, got, tt.want)
+		}
+		if tt.asked == 0 {
+			again, _, err := b.StartWhole(s, model, bytes, 0)
+			must(t, err) // it leaves something for others
+			again.End(nil, true)
+		}
+		if tt.asked == math.MaxInt64 {
+			changed := b.Changed()
+			// What the one holds, another cannot have.
+			if _, _, err := b.StartWhole(s, model, bytes, 0); !errors.Is(err, ErrNoCover) {
+				t.Errorf("held twice: %v", err)
+			}
+			if !r.Send(1 << 40) {
+				t.Error("what is held for is not sent")
+			}
+			if c := r.End(&Usage{0, most + 1}, true); c.Amount != 0 {
+				t.Errorf("more than the engine was told to make: %+v", c)
+			}
+			select {
+			case <-changed:
+			default:
+				t.Error("nobody is told that there is cover again")
+			}
+		}
+		r.End(nil, true)
+	}
+	r, got, err := b.StartWhole(s, model, bytes, MaxAsked)
+	must(t, err)
+	r.Send(1 << 20)
+	if c := r.End(&Usage{prompt, got}, true); c.Amount != price.Cost(prompt, most) || c.Credit.Used > 2*step {
+		t.Errorf("%+v", c)
+	}
+	if _, _, err := b.StartWhole(s, model, 10, 1); !errors.Is(err, ErrNoCover) {
+		t.Errorf("used up: %v", err)
+	}
+	must(t, b.SetPrices(tariff(1, 0)))
+	paid(t, b, 9*step)
+	r, _, err = b.StartWhole(s, model, 10, 5) // still of the first price: used is less than what that paid for
+	must(t, err)
+	r.End(nil, true)
+	if _, _, err := b.StartWhole(s, model, math.MaxInt64, 1); !errors.Is(err, ErrNoCover) {
+		t.Errorf("a prompt that cannot be paid for: %v", err)
+	}
+	fresh := newBook(t)
+	must(t, fresh.SetPrices(tariff(1, 0)))
+	must(t, fresh.Admit(Admission{Channel: channel, Key: public, Limit: 10 * step}))
+	paid(t, fresh, step)
+	if _, got, err = fresh.StartWhole(session(t, fresh), model, 10, 0); err != nil || got != MaxAsked {
+		t.Errorf("answers that cost nothing: %d, %v", got, err)
+	}
+}
+
+// TestFreeThen is a model that cost nothing when the client paid for another one.
+func TestFreeThen(t *testing.T) {
+	b := newBook(t)
+	must(t, b.SetPrices(Tariff{step, map[string]Price{model: {}, other: {5, 5}}}))
+	must(t, b.Admit(Admission{Channel: channel, Key: public, Limit: 10 * step}))
+	paid(t, b, step)
+	must(t, b.SetPrices(Tariff{step, map[string]Price{model: {7, 7}, other: {6, 6}}}))
+	for id, want := range map[string]Price{model: {7, 7}, other: {5, 5}} {
+		r, err := b.Start(session(t, b), id, 10, 0)
+		must(t, err)
+		if r.Price() != want {
+			t.Errorf("%s at %+v", id, r.Price())
+		}
+		r.End(nil, true)
+	}
+}
+
+// TestSent charges a client that has left for what went out, and not for what was
+// about to.
+func TestSent(t *testing.T) {
+	b := newBook(t)
+	must(t, b.Admit(Admission{Channel: channel, Key: public, Limit: 10 * step}))
+	paid(t, b, step)
+	for sent, want := range []int64{0, 1, 2} {
+		r, err := b.Start(session(t, b), model, 800, 0)
+		must(t, err)
+		for i := range 3 {
+			if !r.Send(4) {
+				t.Fatal("not covered")
+			}
+			if i < sent {
+				r.Sent()
+			}
+		}
+		if c := r.End(nil, false); c.Completion != want || (c.Prompt == 100) != (want > 0) {
+			t.Errorf("after %d events: %+v", sent, c)
+		}
 	}
 }
 
@@ -321,11 +553,11 @@ func TestPayer(t *testing.T) {
 
 func TestTerms(t *testing.T) {
 	b := newBook(t)
-	o := Owner{Account: [32]byte{5}, CodeHash: [32]byte{6}, MinDeposit: 20_000_000, MinDelay: 3600}
+	o := Owner{Account: [32]byte{5}, MinDeposit: 20_000_000, MinDelay: 3600}
 	terms := b.Terms(o, "/v1/chat/completions", "what was paid is used up", &Credit{channel, 5, 6, 7})
 	data, err := terms.Encode()
 	must(t, err)
-	want := `{"accepts":[{"asset":"TON","extra":{"channel_code_hash":"06` + strings.Repeat("00", 31) + `","credit":{"channel":"` + channel.String() +
+	want := `{"accepts":[{"asset":"TON","extra":{"channel_code_hash":"` + hex.EncodeToString(voucher.CodeHash[:]) + `","credit":{"channel":"` + channel.String() +
 		`","cover":"6","limit":"7","used":"5"},"min_delay_seconds":3600,"min_deposit":"20000000","models":[` +
 		`{"completion_price":3000000,"id":"acme/model@1","prompt_price":1000000},{"completion_price":2000000,"id":"acme/other@2","prompt_price":2000000}]},` +
 		`"maxAmountRequired":"1000000","network":"ton:-7","payTo":"0:05` + strings.Repeat("00", 31) + `","resource":"/v1/chat/completions","scheme":"chrysalis-channel"}],` +
@@ -389,27 +621,41 @@ func TestNeverMore(t *testing.T) {
 		must(t, b.Admit(Admission{Channel: channel, Key: public, Limit: limit}))
 		s := session(t, b)
 		var running []*Request
-		var charged, cover uint64
+		var charged, cover, pending uint64
 		for range 400 {
 			switch r.IntN(8) {
 			case 0:
-				v := pay(min(cover+uint64(r.Int64N(3*step)), limit+2))
+				v := pay(min(pending+uint64(r.Int64N(3*step)), limit+2))
 				if b.Pay(v) == nil {
-					cover = max(cover, v.Total)
+					pending = max(pending, v.Total)
+				}
+				if r.IntN(2) == 0 {
+					settle(t, b)
+					cover = pending
 				}
 			case 1:
 				if err := b.SetPrices(tariff(r.Int64N(1_200_000), r.Int64N(3_500_000))); err != nil && !errors.Is(err, ErrAbove) {
 					t.Fatal(err)
 				}
 			case 2, 3:
-				if q, err := b.Start(s, model, r.Int64N(500_000), r.Int64N(2)*r.Int64N(100_000)); err == nil {
+				start := b.Start
+				if r.IntN(3) == 0 {
+					start = func(s Session, model string, bytes, asked int64) (*Request, error) {
+						q, _, err := b.StartWhole(s, model, bytes, asked)
+						return q, err
+					}
+				}
+				if q, err := start(s, model, r.Int64N(500_000), r.Int64N(2)*r.Int64N(100_000)); err == nil {
 					running = append(running, q)
 				} else if !errors.Is(err, ErrNoCover) {
 					t.Fatal(err)
 				}
 			case 4, 5, 6:
 				if len(running) > 0 {
-					running[r.IntN(len(running))].Send(r.Int64N(50_000))
+					q := running[r.IntN(len(running))]
+					if q.Send(r.Int64N(50_000)) && r.IntN(2) == 0 {
+						q.Sent()
+					}
 				}
 			case 7:
 				if len(running) == 0 {
@@ -460,7 +706,7 @@ func TestManyPrices(t *testing.T) {
 	must(t, b.Admit(Admission{Channel: channel, Key: public, Limit: 1000 * step}))
 	for i := range uint64(3 * maxSpans) {
 		must(t, b.SetPrices(tariff(int64(1000-i), int64(1000+i))))
-		must(t, b.Pay(pay((i+1)*step)))
+		paid(t, b, (i+1)*step)
 	}
 	a := b.accounts[channel]
 	if len(a.spans) != maxSpans {

@@ -1,7 +1,7 @@
 // Package pay decides what a client owes and whether it is served: prices under
 // their ceilings, what a request costs, what of it is covered by vouchers, and the
 // terms that a client without cover is told. It is pure: no clock, no network, no
-// disk. The agent asks it; nothing does yet but tests.
+// disk. The agent asks it (agent/api), and clients reckon with it what they owe.
 //
 // Amounts are nanotons. Prices are nanotons for a million tokens.
 package pay
@@ -83,8 +83,8 @@ func (p Price) least(q Price) Price {
 var modelRE = regexp.MustCompile(`^[A-Za-z0-9._/-]{1,129}@[A-Za-z0-9._-]{1,64}$`)
 
 // A Tariff is a price for each model, by NAME@REVISION, and the smallest voucher
-// step. As ceilings it is to stand in a VM's manifest, where the client sees the most
-// that it can be charged; as current prices the launcher sets it.
+// step. As ceilings it stands in a VM's manifest, where the client sees the most that
+// it can be charged; as current prices the launcher sets it.
 type Tariff struct {
 	Step   uint64 // nanotons that a voucher adds at least, and that use can be ahead of cover at most
 	Models map[string]Price

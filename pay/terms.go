@@ -99,7 +99,6 @@ type CreditTerms struct {
 // An Owner is what terms say of who is paid.
 type Owner struct {
 	Account    [32]byte // in the basechain
-	CodeHash   [32]byte // of the channel's contract
 	MinDeposit uint64   // nanotons
 	MinDelay   int64    // seconds
 }
@@ -111,20 +110,21 @@ func (b *Book) Terms(o Owner, resource, why string, credit *Credit) Terms {
 	tariff := b.Prices()
 	a := Accept{
 		Scheme: Scheme, Network: "ton:" + strconv.FormatInt(int64(b.globalID), 10), Asset: Asset,
-		PayTo: voucher.Channel(o.Account).String(), Amount: amount(tariff.Step), Resource: resource,
-		Extra: Extra{CodeHash: hex.EncodeToString(o.CodeHash[:]), MinDeposit: amount(o.MinDeposit), MinDelay: o.MinDelay},
+		PayTo: voucher.Channel(o.Account).String(), Amount: FormatAmount(tariff.Step), Resource: resource,
+		Extra: Extra{CodeHash: hex.EncodeToString(voucher.CodeHash[:]), MinDeposit: FormatAmount(o.MinDeposit), MinDelay: o.MinDelay},
 	}
 	for id, p := range tariff.Models {
 		a.Extra.Models = append(a.Extra.Models, ModelPrice{id, p})
 	}
 	slices.SortFunc(a.Extra.Models, func(x, y ModelPrice) int { return cmp.Compare(x.ID, y.ID) })
 	if credit != nil {
-		a.Extra.Credit = &CreditTerms{credit.Channel.String(), amount(credit.Used), amount(credit.Cover), amount(credit.Limit)}
+		a.Extra.Credit = &CreditTerms{credit.Channel.String(), FormatAmount(credit.Used), FormatAmount(credit.Cover), FormatAmount(credit.Limit)}
 	}
 	return Terms{TermsVersion, why, []Accept{a}}
 }
 
-func amount(nano uint64) string { return strconv.FormatUint(nano, 10) }
+// FormatAmount writes nanotons in decimal, as terms and receipts have them.
+func FormatAmount(nano uint64) string { return strconv.FormatUint(nano, 10) }
 
 // ParseAmount reads nanotons in decimal, as terms have them.
 func ParseAmount(s string) (uint64, error) {

@@ -12,6 +12,8 @@
 //   - All that a client can make the agent hold is bounded: connections, headers,
 //     bodies and the memory for all of them together, time, places in the engine.
 //   - Nothing of a prompt, an answer or a key is logged or counted.
+//   - What has a price is served as far as it is covered (package pay; till.go is the
+//     owner's side, payment.go the clients').
 //
 // It speaks HTTP/1.1 only. HTTP/2 is left out on purpose: its multiplexing,
 // header compression and flow control are a large part of what has gone wrong in
@@ -40,6 +42,7 @@ import (
 	"chrysalis/agent/port"
 	"chrysalis/attest/evidence"
 	"chrysalis/manifest"
+	"chrysalis/pay"
 )
 
 // Limits that are not the manifest's to set.
@@ -63,6 +66,8 @@ type Config struct {
 	Tokens []string
 	// Certificate holds the TLS key made at boot.
 	Certificate tls.Certificate
+	// Payment is what clients can be charged at most. Nil serves for free.
+	Payment *manifest.Payment
 	// ReceiptKey signs receipts (package attest/receipt).
 	ReceiptKey ed25519.PrivateKey
 	// Manifest is the SHA-384 of the VM's manifest.
@@ -107,6 +112,7 @@ type Server struct {
 	models    []byte                    // the answer to /v1/models
 	served    map[string]manifest.Model // by what the engine is told
 	tokens    [][sha256.Size]byte
+	till      *till // nil in a VM that serves for free
 
 	receiptKey ed25519.PrivateKey
 	manifest   string       // SHA-384, hexadecimal
@@ -168,6 +174,9 @@ func New(c Config) *Server {
 		}
 		s.engines[m.Name], s.served[m.Name] = i, m
 	}
+	if c.Payment != nil {
+		s.till = newTill(c.Models, c.Payment, c.Certificate.Certificate[0])
+	}
 	memory := c.BodyMemory
 	if memory == 0 {
 		memory = defaultMemory
@@ -216,7 +225,11 @@ const (
 // Past it the collector works harder rather than taking memory from the engine.
 // Bodies that are in flight may exceed it for a time.
 func (s *Server) HeapLimit() int64 {
-	return baseHeap + int64(s.connections())*connectionHeap
+	limit := baseHeap + int64(s.connections())*connectionHeap
+	if s.till != nil {
+		limit += tillHeap
+	}
+	return limit
 }
 
 // connections is how many there may be.
@@ -278,6 +291,10 @@ type exchange struct {
 	streaming bool // and it is a stream of events
 	padding   padding
 	receipt   *pending
+	route     *route
+	bill      *pay.Request // nil where nothing is charged
+	session   pay.Session  // who pays
+	unknown   error        // why nobody does
 }
 
 // ServeHTTP implements http.Handler.
@@ -304,9 +321,10 @@ func (s *Server) handle(x *exchange) error {
 	if err != nil {
 		return err
 	}
-	if rt.gpus && s.gpus == nil {
+	if rt.gpus && s.gpus == nil || rt.payment && s.till == nil {
 		return errPath
 	}
+	x.route = rt
 	client, admitted := s.admits(x.r)
 	if !rt.open && !admitted {
 		x.w.Header().Set("WWW-Authenticate", "Bearer")
@@ -315,6 +333,9 @@ func (s *Server) handle(x *exchange) error {
 	if rt.fields == nil {
 		if x.r.ContentLength != 0 {
 			return errNoBody
+		}
+		if rt.payment { // while draining, too: for the streams that go on
+			return x.payment()
 		}
 		if s.draining.Load() {
 			return errDraining
@@ -338,8 +359,15 @@ func (s *Server) handle(x *exchange) error {
 	if err := s.available(); err != nil {
 		return err
 	}
+	if err := x.payer(); err != nil {
+		return err
+	}
 	conn, _ := x.r.Context().Value(connKey{}).(net.Conn)
-	if client == nil {
+	switch {
+	case client != nil:
+	case s.till != nil && x.unknown == nil:
+		client = x.session
+	default:
 		client = conn
 	}
 	// Who would be refused is told before it has sent its body.
@@ -358,6 +386,13 @@ func (s *Server) handle(x *exchange) error {
 		return err
 	}
 	x.receipt.about(body, req, s.served[req.model])
+	if err := x.charge(req, len(body)); err != nil {
+		return err
+	}
+	if x.bill != nil {
+		// What has not ended well by then is not charged.
+		defer x.bill.End(nil, true)
+	}
 	settled := func() { s.waiting.done(conn) }
 	if err := s.places.take(x.r.Context(), client, min(s.queueLimit, time.Until(x.end)), settled); err != nil {
 		return err
@@ -374,25 +409,32 @@ func (s *Server) handle(x *exchange) error {
 		return err
 	}
 	s.counters.Requests.Add(1)
-	return x.forward(req)
+	if x.bill != nil {
+		s.counters.Paid.Add(1)
+	}
+	return x.ended(x.forward(req))
 }
 
 // find looks a request up in the table, and returns its query as well. The path
 // is compared as it was sent: nothing is unescaped, cleaned or redirected.
 func find(w http.ResponseWriter, r *http.Request) (*route, string, *apiError) {
 	path, query, asked := strings.Cut(r.RequestURI, "?")
+	var allow []string
 	for i := range routes {
 		rt := &routes[i]
 		switch {
 		case rt.path != path:
 		case rt.method != r.Method:
-			w.Header().Set("Allow", rt.method)
-			return nil, "", errMethod
+			allow = append(allow, rt.method)
 		case asked && !rt.query:
 			return nil, "", errQuery
 		default:
 			return rt, query, nil
 		}
+	}
+	if allow != nil {
+		w.Header().Set("Allow", strings.Join(allow, ", "))
+		return nil, "", errMethod
 	}
 	return nil, "", errPath
 }
@@ -521,6 +563,10 @@ func (x *exchange) fail(err error) {
 	}
 	// Padded: what an engine says about a request is about its prompt. A client that
 	// has gone in the meantime misses nothing.
-	body := e.body()
-	x.answer(e.status, append(body, spaces(int64(len(body)))...))
+	body := e.terms
+	if body == nil {
+		body = e.body()
+		body = append(body, spaces(int64(len(body)))...)
+	}
+	x.answer(e.status, body)
 }

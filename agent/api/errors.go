@@ -16,6 +16,7 @@ type apiError struct {
 	message string
 	retry   string // Retry-After in seconds, if the same request may succeed then
 	engine  bool   // the engine's refusal, not the agent's
+	terms   []byte // of an answer 402: its body
 }
 
 func (e *apiError) Error() string { return e.code + ": " + e.message }
@@ -32,6 +33,8 @@ func (e *apiError) body() []byte {
 	switch {
 	case e.status == http.StatusTooManyRequests:
 		d.Type = "rate_limit_error"
+	case e.status == http.StatusPaymentRequired:
+		d.Type = "payment_required"
 	case e.status < 500:
 		d.Type = "invalid_request_error"
 	}

@@ -144,14 +144,27 @@ func (r *engineReader) Read(p []byte) (int, error) {
 
 // relayAnswer passes on an answer that is not a stream.
 func (x *exchange) relayAnswer(src io.Reader) error {
-	held, whole, err := x.hold(src)
+	most := int64(maxHeld)
+	if x.bill != nil {
+		most = maxPaidAnswer
+	}
+	held, whole, err := x.hold(src, most)
 	switch {
 	case err != nil:
 		return err
+	case x.bill != nil && !whole && int64(len(held)) < most:
+		return errMemory
+	case x.bill != nil && !whole:
+		return errAnswerTooLong
 	case whole && (len(held) == 0 || held[0] != '{' || !json.Valid(held)):
 		return errEngineFailed
 	}
-	x.receipt.counts.read(held) // of a longer one nothing is counted
+	e := x.receipt.counts.read(held) // of a longer one nothing is counted
+	if x.bill != nil {
+		// The engine has made it: a client that hangs up now owes it all the same.
+		x.bill.Send(e.Text)
+		x.settle(true)
+	}
 	x.startReceipt()
 	x.start(http.StatusOK, "application/json")
 	size := int64(len(held))
@@ -190,13 +203,13 @@ func (x *exchange) send(p []byte) error {
 	return x.write(p)
 }
 
-// hold reads an answer until it is whole, or longer than maxHeld or than there is
-// memory for.
-func (x *exchange) hold(src io.Reader) (held []byte, whole bool, err error) {
+// hold reads an answer until it is whole, or longer than most or than there is memory
+// for.
+func (x *exchange) hold(src io.Reader, most int64) (held []byte, whole bool, err error) {
 	for {
 		if len(held) == cap(held) {
 			var ok bool
-			if held, ok = x.grow(held, maxHeld); !ok {
+			if held, ok = x.grow(held, most); !ok {
 				return held, false, nil
 			}
 		}

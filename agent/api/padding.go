@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"chrysalis/attest/receipt"
+	"chrysalis/pay"
 )
 
 // Whoever carries a stream sees how large its TLS records are and when they come.
@@ -35,8 +36,19 @@ const maxTick = 64 << 10
 const answerBlock = 1 << 10
 
 // receiptSize is what the event of a receipt, or its trailer, takes: more than any
-// receipt does.
-const receiptSize = 1 << 10
+// receipt does. One that says what was charged takes paidReceiptSize.
+const (
+	receiptSize     = 1 << 10
+	paidReceiptSize = 6 << 8
+)
+
+// receiptSize is what this exchange's receipt takes.
+func (x *exchange) receiptSize() int {
+	if x.bill != nil {
+		return paidReceiptSize
+	}
+	return receiptSize
+}
 
 // padding pads the events of one stream.
 type padding struct{ slot int }
@@ -55,12 +67,13 @@ func (p *padding) event(out, data []byte) []byte {
 	return comment(out, p.slot-n)
 }
 
-// receipt appends the comment that holds a receipt, and its padding.
-func (p *padding) receipt(out, signed []byte) []byte {
+// receipt appends the comment that holds a receipt, and its padding to a multiple of
+// size.
+func (p *padding) receipt(out, signed []byte, size int) []byte {
 	from := len(out)
 	out = append(append(append(out, receipt.CommentPrefix...), signed...), '\n')
 	n := len(out) - from + minComment
-	return comment(out, roundUp(n, receiptSize)-n)
+	return comment(out, roundUp(n, size)-n)
 }
 
 // minComment is the size of an empty comment.
@@ -137,6 +150,12 @@ func (x *exchange) relayEvents(r io.Reader, req *request, cancel func()) error {
 	ticks := time.NewTicker(x.s.tick)
 	defer ticks.Stop()
 	var out []byte
+	flush := func() error {
+		x.receipt.response.Write(out)
+		err := x.writeEvents(out)
+		out = out[:0]
+		return err
+	}
 	for {
 		events := src.events
 		if len(out) >= maxTick {
@@ -144,32 +163,42 @@ func (x *exchange) relayEvents(r io.Reader, req *request, cancel func()) error {
 		}
 		select {
 		case <-ticks.C:
-			x.receipt.response.Write(out)
-			if err := x.writeEvents(out); err != nil {
+			if err := flush(); err != nil {
 				return err
 			}
-			out = out[:0]
 		case event := <-events:
 			done := bytes.Equal(event, doneEvent)
 			switch {
 			case done:
-				out = x.padding.event(out, event)
-				x.receipt.response.Write(out)
-				signed, err := x.s.sign(x.receipt)
-				if err != nil {
-					return errInternal
-				}
-				x.setTrailer(signed)
-				out = x.padding.receipt(out, signed)
-				<-ticks.C
-				return x.writeEvents(out)
+				x.settle(true)
+				return x.endEvents(x.padding.event(out, event), ticks.C)
 			// The engine reports a failure halfway as an event of its own.
 			case bytes.HasPrefix(event, []byte(`{"error":`)):
 				if err := x.writeEvents(out); err != nil {
 					return err
 				}
 				return errEngineFailed
-			case !x.receipt.counts.read(event) || req.usage:
+			}
+			e := pay.ReadEvent(event)
+			if x.bill != nil && !x.bill.Send(e.Text) {
+				// What is covered goes out before the wait for more.
+				<-ticks.C
+				if err := flush(); err != nil {
+					return err
+				}
+				switch ok, err := x.covered(e.Text); {
+				case err != nil:
+					return err
+				case !ok && !x.started:
+					return x.unpaid(pay.ErrNoCover, &x.session)
+				case !ok:
+					x.s.counters.count(errCutOff)
+					x.settle(false)
+					return x.endEvents(x.padding.event(out, errCutOff.body()), ticks.C)
+				}
+			}
+			x.receipt.counts.add(e)
+			if !e.OnlyUsage || req.usage {
 				out = x.padding.event(out, event)
 			}
 			src.resume <- struct{}{}
@@ -185,6 +214,19 @@ func (x *exchange) relayEvents(r io.Reader, req *request, cancel func()) error {
 	}
 }
 
+// endEvents writes the last events of a stream, and its receipt, on the next tick.
+func (x *exchange) endEvents(out []byte, tick <-chan time.Time) error {
+	x.receipt.response.Write(out)
+	signed, err := x.s.sign(x.receipt)
+	if err != nil {
+		return errInternal
+	}
+	x.setTrailer(signed)
+	out = x.padding.receipt(out, signed, x.receiptSize())
+	<-tick
+	return x.writeEvents(out)
+}
+
 // writeEvents writes what has come since the last tick.
 func (x *exchange) writeEvents(out []byte) error {
 	if len(out) == 0 {
@@ -195,5 +237,11 @@ func (x *exchange) writeEvents(out []byte) error {
 		x.startReceipt()
 		x.start(http.StatusOK, "text/event-stream")
 	}
-	return x.write(out)
+	if err := x.write(out); err != nil {
+		return err
+	}
+	if x.bill != nil {
+		x.bill.Sent()
+	}
+	return nil
 }

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"chrysalis/attest/receipt"
+	"chrysalis/pay"
 )
 
 func TestPadding(t *testing.T) {
@@ -39,7 +40,7 @@ func TestPadding(t *testing.T) {
 		}
 	}
 	for _, n := range []int{600, 700, 900} {
-		out := p.receipt(nil, bytes.Repeat([]byte{'x'}, n))
+		out := p.receipt(nil, bytes.Repeat([]byte{'x'}, n), receiptSize)
 		if len(out) != receiptSize || unpadded(out) != "" {
 			t.Errorf("a receipt of %d bytes takes %d", n, len(out))
 		}
@@ -240,11 +241,11 @@ func TestReceiptBounds(t *testing.T) {
 		prompt, completion int64 // -1: absent
 	}{
 		{"too many", "", `{"choices":[{"message":{"content":"Hello"}}],"usage":{"prompt_tokens":1000000,"completion_tokens":1000000}}`,
-			int64(len(hello)) + templateTokens, 5 + silentTokens},
+			int64(len(hello)) + pay.TemplateTokens, 5 + pay.SilentTokens},
 		{"more than asked for", `"max_tokens":3,`, `{"choices":[{"message":{"content":"Hello"}}],"usage":{"prompt_tokens":7,"completion_tokens":20}}`, 7, 3},
 		{"negative", "", `{"choices":[],"usage":{"prompt_tokens":-1,"completion_tokens":-9}}`, 0, 0},
 		{"all that has text", "", `{"choices":[{"text":"ab","message":{"reasoning_content":"cde","tool_calls":[{}]}}],"usage":{"completion_tokens":999}}`,
-			-1, 2 + 3 + 4 + silentTokens},
+			-1, 2 + 3 + 4 + pay.SilentTokens},
 		{"no usage", "", `{"choices":[]}`, -1, -1},
 		{"no numbers", "", `{"usage":{"prompt_tokens":"7","completion_tokens":1e99}}`, -1, -1},
 	} {

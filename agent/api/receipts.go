@@ -3,7 +3,6 @@ package api
 import (
 	"crypto/rand"
 	"encoding/hex"
-	"encoding/json"
 	"hash"
 	"net/http"
 	"strconv"
@@ -12,6 +11,7 @@ import (
 
 	"chrysalis/attest/receipt"
 	"chrysalis/manifest"
+	"chrysalis/pay"
 )
 
 // pending is a receipt in the making.
@@ -23,71 +23,48 @@ type pending struct {
 	response hash.Hash
 	model    manifest.Model
 	counts   tokenCounts
+	payment  *receipt.Payment
 }
 
 // tokenCounts keeps what the engine says about the number of tokens within what is
-// possible: a token of a prompt takes at least a byte of the request or of the
-// engine's own template, one of an answer at least a byte of text, but for a few
-// that have none, such as the one that ends it.
+// possible (package pay).
 type tokenCounts struct {
-	requestBytes int64
-	asked        int64 // max_tokens; 0 where the client set none
-	textBytes    int64 // of the answer
-	prompt       *int64
-	completion   *int64
+	pay.Bounds
+	speaks     bool   // the answer has tokens
+	prompt     *int64 // the engine's figures
+	completion *int64
 }
 
-// What a template adds to a prompt, in tokens, and tokens without text in an answer.
-const (
-	templateTokens = 1024
-	silentTokens   = 64
-)
-
-// spoken is what of an answer, or of an event of one, counts.
-type spoken struct {
-	Choices []struct {
-		Text    string
-		Delta   said
-		Message said
-	}
-	Usage *struct {
-		Prompt     *int64 `json:"prompt_tokens"`
-		Completion *int64 `json:"completion_tokens"`
-	}
+// read takes an answer, or an event of one, into account.
+func (t *tokenCounts) read(data []byte) pay.Event {
+	e := pay.ReadEvent(data)
+	t.add(e)
+	return e
 }
 
-type said struct {
-	Content   string
-	Reasoning string          `json:"reasoning_content"`
-	ToolCalls json.RawMessage `json:"tool_calls"`
-}
-
-// read takes an answer, or an event of one, into account. It reports whether it
-// has nothing but the usage in it.
-func (t *tokenCounts) read(data []byte) (onlyUsage bool) {
-	var s spoken
-	if json.Unmarshal(data, &s) != nil {
-		s.Usage = nil // which may be half read
+func (t *tokenCounts) add(e pay.Event) {
+	t.Bounds.Add(e)
+	if e.Prompt != nil || e.Completion != nil || e.OnlyUsage {
+		t.prompt, t.completion = e.Prompt, e.Completion
 	}
-	for _, c := range s.Choices {
-		t.textBytes += int64(len(c.Text))
-		for _, m := range []said{c.Delta, c.Message} {
-			t.textBytes += int64(len(m.Content) + len(m.Reasoning) + len(m.ToolCalls))
-		}
-	}
-	if s.Usage != nil {
-		t.prompt, t.completion = s.Usage.Prompt, s.Usage.Completion
-	}
-	return s.Usage != nil && len(s.Choices) == 0
 }
 
 // bounded returns the counts that go into a receipt.
 func (t *tokenCounts) bounded() (prompt, completion *int64) {
-	most := t.textBytes + silentTokens
-	if t.asked > 0 {
-		most = min(most, t.asked)
+	return within(t.prompt, t.MaxPrompt()), within(t.completion, t.MaxCompletion())
+}
+
+// usage returns the counts that are charged for, nil where the engine gave none.
+func (t *tokenCounts) usage() *pay.Usage {
+	switch {
+	case t.prompt == nil:
+		return nil
+	case !t.speaks: // embeddings: the engine gives no other figure
+		return &pay.Usage{Prompt: *t.prompt}
+	case t.completion == nil:
+		return nil
 	}
-	return within(t.prompt, t.requestBytes+templateTokens), within(t.completion, most)
+	return &pay.Usage{Prompt: *t.prompt, Completion: *t.completion}
 }
 
 func within(n *int64, most int64) *int64 {
@@ -126,9 +103,9 @@ func (p *pending) about(body []byte, req *request, model manifest.Model) {
 	h := receipt.NewHash(p.salt)
 	h.Write(body)
 	p.request, p.response, p.model = hex.EncodeToString(h.Sum(nil)), receipt.NewHash(p.salt), model
-	p.counts = tokenCounts{requestBytes: int64(len(body))}
+	p.counts = tokenCounts{Bounds: pay.Bounds{RequestBytes: int64(len(body))}, speaks: req.lengthField() >= 0}
 	if raw := req.value("max_tokens"); raw != nil {
-		p.counts.asked, _ = strconv.ParseInt(string(raw), 10, 64) // the route has checked it
+		p.counts.Asked, _ = strconv.ParseInt(string(raw), 10, 64) // the route has checked it
 	}
 }
 
@@ -141,6 +118,7 @@ func (s *Server) sign(p *pending) ([]byte, error) {
 		ClientTime: p.time, UntrustedVM: max(0, time.Now().UnixMilli()),
 	}
 	r.PromptTokens, r.CompletionTokens = p.counts.bounded()
+	r.Payment = p.payment
 	return r.Sign(s.receiptKey)
 }
 
@@ -160,5 +138,5 @@ func (x *exchange) startReceipt() {
 // setTrailer puts a receipt where net/http sends it when the exchange ends.
 func (x *exchange) setTrailer(signed []byte) {
 	x.w.Header().Set(receipt.Trailer, string(signed))
-	x.w.Header().Set(paddingTrailer, strings.Repeat("-", 1+max(0, receiptSize-len(signed))))
+	x.w.Header().Set(paddingTrailer, strings.Repeat("-", 1+max(0, x.receiptSize()-len(signed))))
 }

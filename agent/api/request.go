@@ -122,6 +122,23 @@ func (rt *route) field(name string) int {
 	return -1
 }
 
+// lengthField returns the index of the field that bounds the answer's tokens, whether
+// it is there or not, or -1 where the route has none.
+func (req *request) lengthField() int {
+	at := -1
+	for i, f := range req.route.fields {
+		if f.engine == "max_tokens" && (at < 0 || req.values[i] != nil) {
+			at = i
+		}
+	}
+	return at
+}
+
+// limit has the engine make at most so many tokens; at is lengthField's.
+func (req *request) limit(at int, most int64) {
+	req.values[at] = strconv.AppendInt(nil, most, 10)
+}
+
 // encode returns the body that the engine is sent, and its length: the fields in
 // the route's order under the engine's names, and the constants. Field names are
 // never the client's bytes, and the pieces are not copied together.

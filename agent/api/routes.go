@@ -11,12 +11,13 @@ import (
 // (slots, properties, saved states, raw metrics), which show or change what other
 // clients do.
 type route struct {
-	method string
-	path   string
-	fields []field // of the request's body; nil if the agent answers by itself
-	query  bool    // it takes a query
-	open   bool    // it takes no token
-	gpus   bool    // it is there in a VM with GPUs only
+	method  string
+	path    string
+	fields  []field // of the request's body; nil if the agent answers by itself
+	query   bool    // it takes a query
+	open    bool    // it takes no token
+	gpus    bool    // it is there in a VM with GPUs only
+	payment bool    // it is there in a VM that is paid only
 }
 
 // A field is a top-level field that a request may have. The engine's own ones
@@ -33,6 +34,8 @@ type field struct {
 var routes = []route{
 	{method: http.MethodGet, path: evidence.Path, query: true, open: true},
 	{method: http.MethodGet, path: evidence.GPUCollateralPath, gpus: true, open: true},
+	{method: http.MethodGet, path: paymentPath, payment: true},
+	{method: http.MethodPost, path: paymentPath, payment: true},
 	{method: http.MethodGet, path: "/v1/models"},
 	{method: http.MethodPost, path: "/v1/chat/completions", fields: append([]field{
 		{name: "messages", engine: "messages", check: listOf(1, 4096, message), required: true},

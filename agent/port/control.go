@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"regexp"
+	"slices"
 	"time"
 
 	"chrysalis/guest"
@@ -93,34 +95,103 @@ func readLine(r io.Reader) ([]byte, error) {
 	return nil, errMessage
 }
 
-// parseControl reads a ControlRequest: one JSON object with the field "op",
-// spelled exactly so, once, and nothing after it. encoding/json alone would take
-// "OP", and the last of two.
+// controlFields are the fields that an operation has beside "op". What is not here
+// has none.
+var controlFields = map[guest.ControlOp][]string{
+	guest.OpPrices:  {"payment"},
+	guest.OpAdmit:   {"admit"},
+	guest.OpDrop:    {"channel"},
+	guest.OpCollect: {"ack", "wait_ms"},
+}
+
+// required are those of them that must be there.
+var required = map[guest.ControlOp]string{
+	guest.OpPrices: "payment", guest.OpAdmit: "admit", guest.OpDrop: "channel",
+}
+
+// parseControl reads a ControlRequest: one JSON object and nothing after it, with
+// "op" and the operation's fields, all spelled exactly so, once, and none of them
+// null. encoding/json alone would take "OP", and the last of two. What the values
+// mean is for who carries the request out.
 func parseControl(line []byte) (guest.ControlRequest, error) {
 	var request guest.ControlRequest
 	// The decoder below stops at the end of the first value; this does not.
 	if !json.Valid(line) {
 		return request, errMessage
 	}
+	fields, err := checkKeys(line)
+	if err != nil {
+		return request, err
+	}
 	dec := json.NewDecoder(bytes.NewReader(line))
-	if token, err := dec.Token(); err != nil || token != json.Delim('{') {
-		return request, errMessage
+	dec.DisallowUnknownFields()
+	if err := dec.Decode(&request); err != nil || !fields["op"] {
+		return guest.ControlRequest{}, errMessage
 	}
-	seen := false
-	for dec.More() {
-		key, err := dec.Token()
-		if err != nil || key != "op" || seen {
+	must, known := required[request.Op]
+	if known && !fields[must] || request.WaitMS < 0 || request.WaitMS > guest.MaxControlWait {
+		return guest.ControlRequest{}, errMessage
+	}
+	for field := range fields {
+		if field != "op" && !slices.Contains(controlFields[request.Op], field) {
 			return guest.ControlRequest{}, errMessage
 		}
-		value, err := dec.Token()
-		op, ok := value.(string)
-		if err != nil || !ok {
-			return guest.ControlRequest{}, errMessage
-		}
-		request.Op, seen = guest.ControlOp(op), true
-	}
-	if !seen {
-		return request, errMessage
 	}
 	return request, nil
+}
+
+// keyRE is what keys are made of. Of others encoding/json takes some for these: it
+// ignores case, and knows a long s.
+var keyRE = regexp.MustCompile(`^[a-z_]+$`)
+
+// checkKeys refuses null, other keys than keyRE's, and keys that an object has twice,
+// at any depth of a JSON text. It returns the keys of the outermost object.
+func checkKeys(text []byte) (outermost map[string]bool, err error) {
+	type level struct {
+		keys  map[string]bool // nil in an array
+		value bool            // the next token is a key's value
+	}
+	var open []level
+	dec := json.NewDecoder(bytes.NewReader(text))
+	for {
+		token, err := dec.Token()
+		if err == io.EOF {
+			return outermost, nil
+		}
+		if err != nil || token == nil {
+			return nil, errMessage
+		}
+		var top *level
+		if len(open) > 0 {
+			top = &open[len(open)-1]
+		}
+		if token == json.Delim('}') || token == json.Delim(']') {
+			open = open[:len(open)-1]
+			continue
+		}
+		if top != nil && top.keys != nil {
+			if !top.value {
+				key := token.(string) // JSON has no other keys
+				if top.keys[key] || !keyRE.MatchString(key) {
+					return nil, errMessage
+				}
+				top.keys[key], top.value = true, true
+				continue
+			}
+			top.value = false
+		}
+		switch token {
+		case json.Delim('{'):
+			keys := map[string]bool{}
+			if outermost == nil && top == nil {
+				outermost = keys
+			}
+			open = append(open, level{keys: keys})
+		case json.Delim('['):
+			open = append(open, level{})
+		}
+		if outermost == nil {
+			return nil, errMessage // it is no object
+		}
+	}
 }

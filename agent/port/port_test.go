@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"reflect"
 	"runtime"
 	"strings"
 	"sync"
@@ -410,6 +411,29 @@ func TestControl(t *testing.T) {
 	const ok, bad, unknown = `{"ok":true,"active":3}`, `{"ok":false,"error":"bad-message","active":0}`, `{"ok":false,"error":"unknown-op","active":0}`
 	tests := []struct{ name, message, want, op string }{
 		{"drain", `{"op":"drain"}` + "\n", ok, "drain"},
+		{"collect", `{"op":"collect","ack":18446744073709551615,"wait_ms":3000}` + "\n", ok, "collect"},
+		{"collect nothing", `{"op":"collect"}` + "\n", ok, "collect"},
+		{"prices", `{"payment":{"payee":"x","min_deposit":1,"min_delay_seconds":2,"prices":[{"prompt_price":1,"completion_price":2}]},"op":"prices"}` + "\n", ok, "prices"},
+		{"admit", `{"op":"admit","admit":{"channel":"x","key":"y","limit":1,"used":2,"best":"z","closing":true}}` + "\n", ok, "admit"},
+		{"drop", `{"op":"drop","channel":"x"}` + "\n", ok, "drop"},
+		{"prices of nothing", `{"op":"prices"}` + "\n", bad, ""},
+		{"null for prices", `{"op":"prices","payment":null}` + "\n", bad, ""},
+		{"admit nothing", `{"op":"admit"}` + "\n", bad, ""},
+		{"drop nothing", `{"op":"drop"}` + "\n", bad, ""},
+		{"another operation's field", `{"op":"drain","ack":0}` + "\n", bad, ""},
+		{"another operation's field, too", `{"op":"admit","admit":{},"channel":"x"}` + "\n", bad, ""},
+		{"an unknown operation's field", `{"op":"dance","ack":1}` + "\n", bad, ""},
+		{"unknown field inside", `{"op":"admit","admit":{"channels":"x"}}` + "\n", bad, ""},
+		{"twice inside", `{"op":"admit","admit":{"used":1,"used":2}}` + "\n", bad, ""},
+		{"other case inside", `{"op":"admit","admit":{"Used":1}}` + "\n", bad, ""},
+		{"a long s", `{"op":"admit","admit":{"used":1,"u\u017fed":2}}` + "\n", bad, ""},
+		{"null inside", `{"op":"admit","admit":{"best":null}}` + "\n", bad, ""},
+		{"an array for an object", `{"op":"admit","admit":[]}` + "\n", bad, ""},
+		{"a negative acknowledgement", `{"op":"collect","ack":-1}` + "\n", bad, ""},
+		{"a broken number", `{"op":"collect","ack":1.5}` + "\n", bad, ""},
+		{"too large a number", `{"op":"collect","ack":18446744073709551616}` + "\n", bad, ""},
+		{"a long wait", `{"op":"collect","wait_ms":3001}` + "\n", bad, ""},
+		{"a negative wait", `{"op":"collect","wait_ms":-1}` + "\n", bad, ""},
 		{"spaces", ` { "op" : "stop" } ` + "\n", ok, "stop"},
 		{"CRLF", `{"op":"stop"}` + "\r\n", ok, "stop"},
 		{"unknown", `{"op":"dance"}` + "\n", unknown, "dance"},
@@ -441,7 +465,7 @@ func TestControl(t *testing.T) {
 			defer mu.Unlock()
 			ops = append(ops, string(r.Op))
 			switch r.Op {
-			case guest.OpDrain:
+			case guest.OpDrain, guest.OpPrices, guest.OpAdmit, guest.OpDrop, guest.OpCollect:
 				return guest.ControlReply{OK: true, Active: 3}, nil
 			case guest.OpStop:
 				return guest.ControlReply{OK: true, Active: 3}, func() { stopped.Add(1) }
@@ -620,6 +644,10 @@ func FuzzControl(f *testing.F) {
 	f.Add([]byte(`{"op":"stop"}` + "\n"))
 	f.Add([]byte(`{"op":"stop","op":"x"}` + "\n"))
 	f.Add([]byte(` {"o\u0070":"\ud800"}` + "\r\n"))
+	f.Add([]byte(`{"op":"collect","ack":7,"wait_ms":5}` + "\n"))
+	f.Add([]byte(`{"op":"drop","channel":"0:ab"}` + "\n"))
+	f.Add([]byte(`{"op":"admit","admit":{"channel":"x","key":"y","limit":1,"used":2,"best":"z","closing":true}}` + "\n"))
+	f.Add([]byte(`{"op":"prices","payment":{"payee":"x","min_deposit":1,"min_delay_seconds":2,"prices":[{"prompt_price":1,"completion_price":2}]}}` + "\n"))
 	f.Fuzz(func(t *testing.T, raw []byte) {
 		line, err := readLine(bytes.NewReader(raw))
 		if err != nil {
@@ -629,9 +657,58 @@ func FuzzControl(f *testing.F) {
 		if err != nil {
 			return
 		}
-		var tree map[string]string
-		if json.Unmarshal(line, &tree) != nil || len(tree) != 1 || tree["op"] != string(request.Op) {
-			t.Errorf("took %q as %+v", line, request)
+		again, err := json.Marshal(request)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if said, taken := tree(t, line), tree(t, again); !reflect.DeepEqual(said, taken) {
+			t.Errorf("took %q as %s", line, again)
 		}
 	})
+}
+
+// tree is what a message says, without what says nothing: zeros.
+func tree(t *testing.T, line []byte) any {
+	t.Helper()
+	dec := json.NewDecoder(bytes.NewReader(line))
+	dec.UseNumber()
+	var v any
+	if err := dec.Decode(&v); err != nil {
+		t.Fatal(err)
+	}
+	return withoutZeros(v)
+}
+
+func withoutZeros(v any) any {
+	switch v := v.(type) {
+	case map[string]any:
+		for key, value := range v {
+			if v[key] = withoutZeros(value); v[key] == nil {
+				delete(v, key)
+			}
+		}
+		if len(v) > 0 {
+			return v
+		}
+	case []any:
+		for i := range v {
+			v[i] = withoutZeros(v[i])
+		}
+		if len(v) > 0 {
+			return v
+		}
+	case json.Number:
+		if v != "0" && v != "-0" {
+			return v
+		}
+	case bool:
+		if v {
+			return v
+		}
+	case string:
+		if v != "" {
+			return v
+		}
+	}
+	return nil
 }

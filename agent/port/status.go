@@ -242,6 +242,8 @@ func appendMetrics(b []byte, s guest.Status) []byte {
 	single("connections_total", "counter", "Connections accepted on the inference port.", float64(c.Connections))
 	single("requests_total", "counter", "Requests admitted to the engine.", float64(c.Requests))
 	single("requests_active", "gauge", "Requests being served now.", float64(c.Active))
+	single("paid_total", "counter", "Requests that began with cover by what was paid.", float64(c.Paid))
+	single("unpaid_total", "counter", "Requests answered 402, or cut off for want of cover.", float64(c.Unpaid))
 	single("refused_total", "counter", "Requests answered 4xx by the agent itself.", float64(c.Refused))
 	single("busy_total", "counter", "Requests answered 429.", float64(c.Busy))
 	single("unavailable_total", "counter", "Requests answered 503.", float64(c.Unavailable))

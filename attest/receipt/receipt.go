@@ -28,6 +28,8 @@ import (
 
 	"chrysalis/attest/evidence"
 	"chrysalis/canonical"
+	"chrysalis/channel/voucher"
+	"chrysalis/pay"
 )
 
 // The header fields of a request and its answer.
@@ -73,6 +75,22 @@ type Receipt struct {
 	// Times are milliseconds since 1970 UTC.
 	ClientTime  *int64 `json:"client_time,omitempty"` // TimeHeader's, as the client said it
 	UntrustedVM int64  `json:"vm_time_untrusted"`     // the VM's clock, which its host can set
+	// Payment is what the answer was charged. Absent where it was free.
+	Payment *Payment `json:"payment,omitempty"`
+}
+
+// Payment says what an answer was charged: ⌊(PromptTokens · PromptPrice +
+// CompletionTokens · CompletionPrice) / 1,000,000⌋ nanotons. Amounts are nanotons in
+// decimal.
+type Payment struct {
+	Channel          string `json:"channel"`           // 0:HEX
+	PromptPrice      int64  `json:"prompt_price"`      // nanotons a million tokens
+	CompletionPrice  int64  `json:"completion_price"`  // nanotons a million tokens
+	PromptTokens     int64  `json:"prompt_tokens"`     // charged for; 0 where the engine's figures were none or cannot be
+	CompletionTokens int64  `json:"completion_tokens"` // charged for
+	Charged          string `json:"charged"`
+	Used             string `json:"used"`  // of the channel, with this answer
+	Cover            string `json:"cover"` // the total of the channel's best voucher
 }
 
 // document is a receipt as it is sent.
@@ -119,6 +137,37 @@ func (r *Receipt) Validate() error {
 		if n.value != nil && (*n.value < n.low || *n.value > maxInteger) {
 			return fmt.Errorf("%s: %d is out of bounds", n.name, *n.value)
 		}
+	}
+	if r.Payment != nil {
+		return r.Payment.validate()
+	}
+	return nil
+}
+
+func (p *Payment) validate() error {
+	if _, err := voucher.ParseChannel(p.Channel); err != nil {
+		return errors.New("payment.channel: not a channel")
+	}
+	price := pay.Price{Prompt: p.PromptPrice, Completion: p.CompletionPrice}
+	if err := price.Validate(); err != nil {
+		return fmt.Errorf("payment: %w", err)
+	}
+	if min(p.PromptTokens, p.CompletionTokens) < 0 || max(p.PromptTokens, p.CompletionTokens) > maxInteger {
+		return errors.New("payment: a number of tokens is out of bounds")
+	}
+	var amounts [3]uint64
+	for i, text := range []string{p.Charged, p.Used, p.Cover} {
+		n, err := pay.ParseAmount(text)
+		if err != nil {
+			return fmt.Errorf("payment: %w", err)
+		}
+		amounts[i] = n
+	}
+	if amounts[0] != price.Cost(p.PromptTokens, p.CompletionTokens) {
+		return errors.New("payment.charged: not what the tokens cost at the price")
+	}
+	if amounts[1] < amounts[0] {
+		return errors.New("payment.used: less than was charged")
 	}
 	return nil
 }

@@ -8,6 +8,8 @@ import (
 	"errors"
 	"strings"
 	"testing"
+
+	"chrysalis/pay"
 )
 
 var testKey = ed25519.NewKeyFromSeed(bytes.Repeat([]byte{7}, ed25519.SeedSize))
@@ -145,6 +147,66 @@ func TestValidate(t *testing.T) {
 	}
 }
 
+// paid is sample with a price.
+func paid() *Receipt {
+	r := sample()
+	r.Payment = &Payment{
+		Channel: "0:" + strings.Repeat("ef", 32), PromptPrice: 1_000_000, CompletionPrice: 3_000_000,
+		PromptTokens: 10, CompletionTokens: 4, Charged: "22", Used: "100", Cover: "1000000",
+	}
+	return r
+}
+
+func TestPayment(t *testing.T) {
+	data, err := paid().Sign(testKey)
+	want := `"payment":{"channel":"0:` + strings.Repeat("ef", 32) + `","charged":"22","completion_price":3000000,"completion_tokens":4,` +
+		`"cover":"1000000","prompt_price":1000000,"prompt_tokens":10,"used":"100"},`
+	if err != nil || !strings.Contains(string(data), want) {
+		t.Errorf("%s, %v", data, err)
+	}
+	r, err := Verify(data, public())
+	if err != nil || *r.Payment != *paid().Payment {
+		t.Errorf("%+v, %v", r, err)
+	}
+	// No change of a figure passes, even one that fits the others.
+	for old, new := range map[string]string{`"charged":"22"`: `"charged":"23"`, `"used":"100"`: `"used":"101"`, `"completion_tokens":4,"cover"`: `"completion_tokens":5,"cover"`} {
+		if _, err := Verify([]byte(strings.Replace(string(data), old, new, 1)), public()); err == nil {
+			t.Errorf("%s passes", new)
+		}
+	}
+	for name, change := range map[string]func(*Payment){
+		"no channel":               func(p *Payment) { p.Channel = "" },
+		"another workchain":        func(p *Payment) { p.Channel = "-1" + p.Channel[1:] },
+		"a price below 0":          func(p *Payment) { p.PromptPrice = -1 },
+		"a price beyond all":       func(p *Payment) { p.CompletionPrice = pay.MaxPrice + 1 },
+		"tokens below 0":           func(p *Payment) { p.PromptTokens = -1 },
+		"tokens beyond JSON":       func(p *Payment) { p.CompletionTokens, p.CompletionPrice = 1<<53, 0 },
+		"less than the price":      func(p *Payment) { p.Charged = "21" },
+		"more than the price":      func(p *Payment) { p.Charged = "23" },
+		"an amount with a sign":    func(p *Payment) { p.Charged = "+22" },
+		"an amount with a zero":    func(p *Payment) { p.Used = "0100" },
+		"no amount":                func(p *Payment) { p.Cover = "" },
+		"used less than charged":   func(p *Payment) { p.Used = "21" },
+		"an amount that overflows": func(p *Payment) { p.Cover = "18446744073709551616" },
+	} {
+		r := paid()
+		change(r.Payment)
+		if _, err := r.Sign(testKey); err == nil {
+			t.Errorf("%s: signed", name)
+		}
+	}
+	// The largest there can be.
+	long := strings.Repeat("x", 64)
+	r = paid()
+	r.Model, r.Sequence, r.UntrustedVM = long+"/"+long+"@"+long, maxInteger, maxInteger
+	r.PromptTokens, r.CompletionTokens, r.ClientTime = count(maxInteger), count(maxInteger), count(maxInteger)
+	r.Payment = &Payment{r.Payment.Channel, pay.MaxPrice, pay.MaxPrice, 9_000_000_000, 9_000_000_000, "18000000000000000000", "18446744073709551615", "18446744073709551615"}
+	if data, err = r.Sign(testKey); err != nil || len(data) > 1300 {
+		t.Errorf("%d bytes, %v", len(data), err)
+	}
+	t.Logf("%d bytes", len(data))
+}
+
 func TestBodies(t *testing.T) {
 	salt := [SaltSize]byte{1, 2, 3}
 	request, response := []byte(`{"a":1}`), []byte("data: {}\n\ndata: [DONE]\n\n")
@@ -216,9 +278,14 @@ func FuzzVerify(f *testing.F) {
 	if err != nil {
 		f.Fatal(err)
 	}
+	too, err := paid().Sign(testKey)
+	if err != nil {
+		f.Fatal(err)
+	}
 	f.Add(good)
+	f.Add(too)
 	f.Fuzz(func(t *testing.T, data []byte) {
-		if r, err := Verify(data, public()); err == nil && !bytes.Equal(data, good) {
+		if r, err := Verify(data, public()); err == nil && !bytes.Equal(data, good) && !bytes.Equal(data, too) {
 			t.Errorf("another receipt passes: %+v", r)
 		}
 	})

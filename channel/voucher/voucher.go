@@ -26,6 +26,10 @@ const TextSize = Size / 3 * 4
 // else. All that is signed has 67 bytes, which no hash that a wallet signs has.
 const domain = "chrysalis/voucher/1"
 
+// CodeHash is the hash of the code that every channel has: what a voucher means is
+// what this code makes of it.
+var CodeHash = mustHex("7c4d2da756df3ad8211a6b388338c5e502ce86fb66fe3fd540a9ae3e13977ea2")
+
 // A Channel is a channel's account in the basechain.
 type Channel [32]byte
 
