@@ -113,3 +113,12 @@ func more(cost uint64, thousandths int64) uint64 {
 	part := uint64(min(max(thousandths, 0), 1000))
 	return cost + cost/1000*part + cost%1000*part/1000
 }
+
+// Pause is for how long a client takes a worker for busy that has refused it, or not
+// answered, so many times in a row: 10 seconds, then twice as long each time, up to two
+// hours. So who offers much and serves nothing is soon asked no more, and one that was full
+// for a moment gets the next request.
+func Pause(inARow int) time.Duration {
+	const shortest, longest = 10 * time.Second, 2 * time.Hour
+	return min(shortest<<min(max(inARow-1, 0), 10), longest)
+}

@@ -81,13 +81,10 @@ type Seen struct {
 	Refused     int64 // requests that got none since all were held: status 429
 }
 
-// A Trend is what the rule remembers from one interval to the next. The zero value is
-// that of a VM which has just started. What says no trend that the rule has made counts
-// as that.
-type Trend struct {
-	Direction int   `json:"direction"` // 1 up, -1 down, 0 neither
-	Stride    int64 `json:"stride"`    // thousandths of the price
-}
+// A Trend is what the rule remembers from one interval to the next: in which direction
+// the price moves, 1 up, -1 down, 0 neither. It is 0 for a VM that has just started;
+// anything else counts as 0.
+type Trend int
 
 // A Reason says why a price is what it is.
 type Reason string
@@ -118,23 +115,29 @@ type Result struct {
 // fast, and with what a VM starts. So nobody can talk the price of a busy VM down, nor
 // that of an idle one up.
 type Rule struct {
-	// In thousandths of the places: a price begins to fall at Low or less and goes on
-	// to below Target; it begins to rise at High or more and goes on to above Target.
-	Low, Target, High int
-	// Crowded is which part of the requests, in thousandths, is refused when a VM counts as
-	// full that has not reached High, but Low. Refusals alone are none: they cost
-	// who causes them nothing.
-	Crowded int64
-	// In thousandths of the price, what one interval can change. It is half as much
-	// again while the direction stays, and half when it does not.
-	MinStride, MaxStride int64
+	// Target is the utilisation that the rule is after, in thousandths. A price begins to
+	// move when it is Begin or more away from that, and goes on until it is less than End.
+	Target, Begin, End int
+	// Gain is by how many thousandths a price would change at a distance of 1000 from
+	// the target; the change is in proportion. So on average the target is held to: a rule
+	// whose steps do not depend on the distance holds to the median.
+	Gain int64
+	// A price that is Far or more thousandths beyond what others ask, on the side that it
+	// moves away from, changes twice as fast. So does that of a full VM which refused
+	// Crowded or more thousandths of the requests.
+	Far, Crowded int64
 	// MinOwners is how many others must show what the market asks.
 	MinOwners int
 }
 
 // Default is the rule of this program. docs/market.md justifies it.
 func Default() Rule {
-	return Rule{Low: 600, Target: 750, High: 850, Crowded: 20, MinStride: 10, MaxStride: 50, MinOwners: 3}
+	return Rule{Target: 750, Begin: 100, End: 25, Gain: 80, Far: 250, Crowded: 900, MinOwners: 3}
+}
+
+// Stride is the most that one interval changes a price by, in thousandths of it.
+func (r Rule) Stride() (up, down int64) {
+	return 2 * r.Gain * int64(1000-r.Target) / 1000, 2 * r.Gain * int64(r.Target) / 1000
 }
 
 // maxRequests bounds what can be seen in an interval, so that nothing overflows.
@@ -142,17 +145,17 @@ const maxRequests = 1 << 40
 
 // least is the part of the ceiling that a price moves at least, so that a price of
 // nothing can rise.
-const least = 10_000
+const least = 100_000
 
 // Validate reports the first value that makes no rule.
 func (r Rule) Validate() error {
 	switch {
-	case r.Low < 0 || r.Low >= r.Target || r.Target >= r.High || r.High > 1000:
+	case r.End < 1 || r.End > r.Begin || r.Begin > r.Target || r.Target+r.Begin > 1000:
 		return errors.New("the rule's marks of utilisation are not in order")
-	case r.Crowded < 1 || r.Crowded > 1000:
-		return errors.New("the rule's part of refused requests is out of bounds")
-	case r.MinStride < 1 || r.MinStride > r.MaxStride || r.MaxStride > 500:
-		return errors.New("the rule's strides are out of bounds")
+	case r.Gain < 1 || r.Gain > 500:
+		return errors.New("the rule's gain is out of bounds")
+	case r.Far < 0 || r.Far > 1000 || r.Crowded < 1 || r.Crowded > 1000:
+		return errors.New("the rule's marks for a faster change are out of bounds")
 	case r.MinOwners < 1:
 		return errors.New("the rule wants no owners")
 	}
@@ -177,7 +180,7 @@ func (r Rule) Start(b Bounds, others []Offer) (Result, error) {
 // Next is the price for the next interval. own is the price of the last one, trend what
 // the result before this one said, others what else is offered of the same model and
 // root hash. A price that is not between the bounds is brought there at once. Otherwise
-// the sum changes by at most MaxStride thousandths, or by a ten-thousandth of the
+// the sum changes by at most what Stride says, or by a hundred-thousandth of the
 // ceiling where that is more; prompts and completions then have the same place between
 // their bounds. own must be what the rule has made, or the owner's own.
 func (r Rule) Next(own pay.Price, b Bounds, seen Seen, others []Offer, trend Trend) (Result, error) {
@@ -194,64 +197,41 @@ func (r Rule) Next(own pay.Price, b Bounds, seen Seen, others []Offer, trend Tre
 		result.Price, result.Reason = b.at(sum), OutOfTurn
 		return result, nil
 	}
-	trend = r.sane(trend)
 	if seen.Utilisation < 0 || seen.Utilisation > 1000 || seen.Served < 0 || seen.Refused < 0 || max(seen.Served, seen.Refused) > maxRequests {
 		result.Reason, result.Trend = Unseen, trend
 		return result, nil
 	}
-	direction := r.direction(seen, trend.Direction)
-	stride := trend.Stride
-	if direction != 0 && direction == trend.Direction {
-		stride += stride / 2
-	} else {
-		stride /= 2
-	}
-	stride = min(max(stride, r.MinStride), r.MaxStride)
-	result.Trend = Trend{direction, stride}
+	distance := int64(seen.Utilisation - r.Target)
+	hurry := false
 	switch {
-	case direction == 0:
+	case distance >= int64(r.Begin), distance >= int64(r.End) && trend == 1:
+		crowded := seen.Refused > 0 && seen.Refused*1000 >= (seen.Served+seen.Refused)*r.Crowded
+		hurry = crowded || known && sum <= reference-part(reference, r.Far)
+		result.Reason, result.Trend = Full, 1
+	case -distance >= int64(r.Begin), -distance >= int64(r.End) && trend == -1:
+		hurry = known && sum >= reference+part(reference, r.Far)
+		result.Reason, result.Trend = Idle, -1
+	default:
 		result.Reason = Steady
 		return result, nil
-	case direction > 0:
-		result.Reason = Full
-	default:
-		result.Reason = Idle
 	}
-	// Far from what others ask there is nothing to be found out.
-	far := r.MaxStride * sum / 1000
-	if known && (direction > 0 && sum < reference-far || direction < 0 && sum > reference+far) {
-		stride = r.MaxStride
+	if hurry {
+		distance *= 2
 	}
-	move := max(sum*stride/1000, Sum(b.Ceiling)/least, 1)
-	result.Price = b.at(sum + int64(direction)*move)
+	move := part(part(sum, r.Gain), max(distance, -distance))
+	move = max(move, Sum(b.Ceiling)/least, 1)
+	result.Price = b.at(sum + int64(result.Trend)*move)
 	if Sum(result.Price) == sum {
 		result.Price, result.Reason = own, AtCeiling
-		if direction < 0 {
+		if result.Trend < 0 {
 			result.Reason = AtFloor
 		}
 	}
 	return result, nil
 }
 
-// direction is where what was seen drives a price that went there before.
-func (r Rule) direction(seen Seen, before int) int {
-	crowded := seen.Refused > 0 && seen.Refused*1000 >= (seen.Served+seen.Refused)*r.Crowded
-	switch u := seen.Utilisation; {
-	case u >= r.High, u >= r.Low && crowded, u > r.Target && before > 0:
-		return 1
-	case u <= r.Low, u < r.Target && before < 0:
-		return -1
-	}
-	return 0
-}
-
-// sane is the trend, or none where the rule cannot have made it.
-func (r Rule) sane(t Trend) Trend {
-	if t.Direction < -1 || t.Direction > 1 || t.Stride < r.MinStride || t.Stride > r.MaxStride {
-		return Trend{0, r.MinStride}
-	}
-	return t
-}
+// part is so many thousandths of a sum of two prices, up to twice of it.
+func part(sum, thousandths int64) int64 { return sum/1000*thousandths + sum%1000*thousandths/1000 }
 
 // Reference is what the market asks: the median of the sums of attested offers. Of
 // each owner, and of each worker, the cheapest counts, once: to move the median beyond
