@@ -19,6 +19,8 @@ type Candidate struct {
 	// Busy says that it refused the client lately since all its places were held, or did
 	// not answer.
 	Busy bool
+	// Proven says that it has served this client.
+	Proven bool
 }
 
 // A Taste says what a client takes, and when two workers are as good as one another.
@@ -26,8 +28,8 @@ type Candidate struct {
 type Taste struct {
 	// Max is the most that the client pays, of each kind; with 0 there is no limit.
 	Max pay.Price
-	// Near are those that cost at most so many thousandths more than the cheapest. Among
-	// them requests are spread.
+	// Near is by how many thousandths costs may differ that count as the same. Requests are
+	// spread among such workers.
 	Near int64
 	// Second is how many thousandths of its price a worker counts as dearer for each second
 	// that it is slower than the fastest, and Slowest the most that this comes to.
@@ -35,30 +37,38 @@ type Taste struct {
 }
 
 // DefaultTaste is that of this program, but for a limit.
-func DefaultTaste() Taste { return Taste{Near: 50, Second: 250, Slowest: 500} }
+func DefaultTaste() Taste { return Taste{Near: 100, Second: 250, Slowest: 500} }
 
 // Tokens is what a request is expected to come to.
 type Tokens struct{ Prompt, Completion int64 }
 
 // Order lists the candidates that fit, by index, in the order in which a client asks
-// them: those that are not busy first, of them those near the cheapest, and of these the
-// one with the fewest requests in flight. Beyond, the cheaper one is first. Latency
-// makes a worker count as dearer. What is still equal is decided by dice, which must
-// return random numbers: clients that decide alike would all ask the same worker.
+// them: those that are not busy first; of them the cheapest and all that are near it, then
+// the next one and all near that, and so on; of such the one with the fewest requests in
+// flight first. Latency makes a worker count as dearer. What is still equal is
+// decided by dice, which must return random numbers: clients that decide alike would all
+// ask the same worker.
+//
+// That requests are spread on every level matters. If only those near the cheapest were
+// alike, one offer that is too good to be true would make all others dear, and all clients
+// ask the same few of them.
 func (t Taste) Order(candidates []Candidate, size Tokens, dice func() uint32) []int {
 	type rank struct {
-		index, busy, far int
-		cost             uint64
-		load             int
-		dice             uint32
+		index, busy, level int
+		cost               uint64
+		load               int
+		dice               uint32
 	}
 	fastest := time.Duration(math.MaxInt64)
-	var list []rank
+	list := make([]rank, 0, len(candidates))
 	for i, c := range candidates {
 		if !t.Fits(c.Price) {
 			continue
 		}
-		list = append(list, rank{index: i, load: c.InFlight, dice: dice()})
+		// In thousandths, and one nanoton more: of what costs nothing, too, the slower one is
+		// dearer.
+		cost := min(c.Price.Cost(size.Prompt, size.Completion), math.MaxUint64/1000-1)*1000 + 1000
+		list = append(list, rank{index: i, cost: cost, load: c.InFlight, dice: dice()})
 		if c.Busy {
 			list[len(list)-1].busy = 1
 		}
@@ -66,37 +76,71 @@ func (t Taste) Order(candidates []Candidate, size Tokens, dice func() uint32) []
 			fastest = min(fastest, c.Latency)
 		}
 	}
-	cheapest := [2]uint64{math.MaxUint64, math.MaxUint64} // of those that are not busy, and of those that are
 	for i := range list {
-		r, c := &list[i], candidates[list[i].index]
-		// In thousandths, and one nanoton more: of what costs nothing, too, the slower one is
-		// dearer.
-		r.cost = min(c.Price.Cost(size.Prompt, size.Completion), math.MaxUint64/1000-1)*1000 + 1000
 		// Of one that nobody has tried the best is assumed, else nobody would try it.
-		if slower := c.Latency - fastest; c.Latency > 0 && slower > 0 {
-			r.cost = more(r.cost, min(t.Second*slower.Milliseconds()/1000, t.Slowest))
-		}
-		cheapest[r.busy] = min(cheapest[r.busy], r.cost)
-	}
-	for i := range list {
-		if r := &list[i]; r.cost > more(cheapest[r.busy], t.Near) {
-			r.far = 1
+		if c := candidates[list[i].index]; c.Latency > fastest {
+			list[i].cost = more(list[i].cost, min(t.Second*(c.Latency-fastest).Milliseconds()/1000, t.Slowest))
 		}
 	}
 	slices.SortFunc(list, func(a, b rank) int {
-		if c := cmp.Or(cmp.Compare(a.busy, b.busy), cmp.Compare(a.far, b.far)); c != 0 {
-			return c
+		if a.busy != b.busy {
+			return a.busy - b.busy
 		}
-		if a.far > 0 {
-			return cmp.Or(cmp.Compare(a.cost, b.cost), cmp.Compare(a.load, b.load), cmp.Compare(a.dice, b.dice), cmp.Compare(a.index, b.index))
+		return cmp.Compare(a.cost, b.cost)
+	})
+	first := 0 // of the level
+	for i := range list {
+		if list[i].busy != list[first].busy || list[i].cost > more(list[first].cost, t.Near) {
+			first = i
 		}
-		return cmp.Or(cmp.Compare(a.load, b.load), cmp.Compare(a.dice, b.dice), cmp.Compare(a.index, b.index))
+		list[i].level = first
+	}
+	slices.SortFunc(list, func(a, b rank) int {
+		switch {
+		case a.level != b.level:
+			return a.level - b.level
+		case a.load != b.load:
+			return cmp.Compare(a.load, b.load)
+		case a.dice != b.dice:
+			return cmp.Compare(a.dice, b.dice)
+		}
+		return a.index - b.index
 	})
 	order := make([]int, len(list))
 	for i, r := range list {
 		order[i] = r.index
 	}
 	return order
+}
+
+// Shortlist picks at most n of the candidates, in the order in which they are to be asked,
+// and while there are others at most half of them such as have not served this client yet:
+// who offers much cheaply and serves nothing does not drive those out that do.
+func (t Taste) Shortlist(candidates []Candidate, n int, size Tokens, dice func() uint32) []int {
+	order := t.Order(candidates, size, dice)
+	var list []int // places in the order
+	for _, proven := range []bool{false, true} {
+		room := n - len(list)
+		if !proven {
+			room = n / 2
+		}
+		for at, i := range order {
+			if room > 0 && candidates[i].Proven == proven {
+				list = append(list, at)
+				room--
+			}
+		}
+	}
+	for at := range order {
+		if len(list) < n && !slices.Contains(list, at) {
+			list = append(list, at)
+		}
+	}
+	slices.Sort(list)
+	for k, at := range list {
+		list[k] = order[at]
+	}
+	return list
 }
 
 // Fits reports whether the client pays that price.
@@ -115,10 +159,13 @@ func more(cost uint64, thousandths int64) uint64 {
 }
 
 // Pause is for how long a client takes a worker for busy that has refused it, or not
-// answered, so many times in a row: 10 seconds, then twice as long each time, up to two
-// hours. So who offers much and serves nothing is soon asked no more, and one that was full
-// for a moment gets the next request.
-func Pause(inARow int) time.Duration {
-	const shortest, longest = 10 * time.Second, 2 * time.Hour
-	return min(shortest<<min(max(inARow-1, 0), 10), longest)
+// answered, so many times in a row: one that is proven 10 seconds, then twice as long
+// each time, up to 80; another an hour, up to a day. So one that is full for a
+// moment is soon asked again, and who offers much and serves nothing soon is not.
+func Pause(inARow int, proven bool) time.Duration {
+	first, longest := time.Hour, 24*time.Hour
+	if proven {
+		first, longest = 10*time.Second, 80*time.Second
+	}
+	return min(first<<min(max(inARow-1, 0), 10), longest)
 }

@@ -72,15 +72,6 @@ type Offer struct {
 // Attested reports whether the offer's worker was verified.
 func (o Offer) Attested() bool { return o.Worker != [32]byte{} }
 
-// Seen is what an owner's VM saw in one interval.
-type Seen struct {
-	// Utilisation is how many of its places were held, on average over the interval, in
-	// thousandths of all that it has; less than 0 if that is not known.
-	Utilisation int
-	Served      int64 // requests that got a place
-	Refused     int64 // requests that got none since all were held: status 429
-}
-
 // A Trend is what the rule remembers from one interval to the next: in which direction
 // the price moves, 1 up, -1 down, 0 neither. It is 0 for a VM that has just started;
 // anything else counts as 0.
@@ -123,25 +114,21 @@ type Rule struct {
 	// whose steps do not depend on the distance holds to the median.
 	Gain int64
 	// A price that is Far or more thousandths beyond what others ask, on the side that it
-	// moves away from, changes twice as fast. So does that of a full VM which refused
-	// Crowded or more thousandths of the requests.
-	Far, Crowded int64
+	// moves away from, changes twice as fast.
+	Far int64
 	// MinOwners is how many others must show what the market asks.
 	MinOwners int
 }
 
 // Default is the rule of this program. docs/market.md justifies it.
 func Default() Rule {
-	return Rule{Target: 750, Begin: 100, End: 25, Gain: 80, Far: 250, Crowded: 900, MinOwners: 3}
+	return Rule{Target: 750, Begin: 100, End: 25, Gain: 80, Far: 250, MinOwners: 3}
 }
 
 // Stride is the most that one interval changes a price by, in thousandths of it.
 func (r Rule) Stride() (up, down int64) {
 	return 2 * r.Gain * int64(1000-r.Target) / 1000, 2 * r.Gain * int64(r.Target) / 1000
 }
-
-// maxRequests bounds what can be seen in an interval, so that nothing overflows.
-const maxRequests = 1 << 40
 
 // least is the part of the ceiling that a price moves at least, so that a price of
 // nothing can rise.
@@ -154,8 +141,8 @@ func (r Rule) Validate() error {
 		return errors.New("the rule's marks of utilisation are not in order")
 	case r.Gain < 1 || r.Gain > 500:
 		return errors.New("the rule's gain is out of bounds")
-	case r.Far < 0 || r.Far > 1000 || r.Crowded < 1 || r.Crowded > 1000:
-		return errors.New("the rule's marks for a faster change are out of bounds")
+	case r.Far < 0 || r.Far > 1000:
+		return errors.New("the rule's mark for a faster change is out of bounds")
 	case r.MinOwners < 1:
 		return errors.New("the rule wants no owners")
 	}
@@ -179,11 +166,16 @@ func (r Rule) Start(b Bounds, others []Offer) (Result, error) {
 
 // Next is the price for the next interval. own is the price of the last one, trend what
 // the result before this one said, others what else is offered of the same model and
-// root hash. A price that is not between the bounds is brought there at once. Otherwise
+// root hash. utilisation is how many of the VM's places were held, on average over the
+// interval, in thousandths of all that it has; less than 0 if that is not known, when
+// the price stays. Requests that were refused do not count: they cost who sends them
+// nothing, and a VM that refuses is full.
+//
+// A price that is not between the bounds is brought there at once. Otherwise
 // the sum changes by at most what Stride says, or by a hundred-thousandth of the
 // ceiling where that is more; prompts and completions then have the same place between
 // their bounds. own must be what the rule has made, or the owner's own.
-func (r Rule) Next(own pay.Price, b Bounds, seen Seen, others []Offer, trend Trend) (Result, error) {
+func (r Rule) Next(own pay.Price, b Bounds, utilisation int, others []Offer, trend Trend) (Result, error) {
 	if err := errors.Join(r.Validate(), b.Validate(), own.Validate()); err != nil {
 		return Result{}, err
 	}
@@ -197,16 +189,15 @@ func (r Rule) Next(own pay.Price, b Bounds, seen Seen, others []Offer, trend Tre
 		result.Price, result.Reason = b.at(sum), OutOfTurn
 		return result, nil
 	}
-	if seen.Utilisation < 0 || seen.Utilisation > 1000 || seen.Served < 0 || seen.Refused < 0 || max(seen.Served, seen.Refused) > maxRequests {
+	if utilisation < 0 || utilisation > 1000 {
 		result.Reason, result.Trend = Unseen, trend
 		return result, nil
 	}
-	distance := int64(seen.Utilisation - r.Target)
+	distance := int64(utilisation - r.Target)
 	hurry := false
 	switch {
 	case distance >= int64(r.Begin), distance >= int64(r.End) && trend == 1:
-		crowded := seen.Refused > 0 && seen.Refused*1000 >= (seen.Served+seen.Refused)*r.Crowded
-		hurry = crowded || known && sum <= reference-part(reference, r.Far)
+		hurry = known && sum <= reference-part(reference, r.Far)
 		result.Reason, result.Trend = Full, 1
 	case -distance >= int64(r.Begin), -distance >= int64(r.End) && trend == -1:
 		hurry = known && sum >= reference+part(reference, r.Far)

@@ -32,49 +32,43 @@ func TestNext(t *testing.T) {
 		name   string
 		own    pay.Price
 		bounds Bounds
-		seen   Seen
+		seen   int
 		others []Offer
 		trend  Trend
 		want   Result
 	}{
-		{"at the target", own, wide, Seen{Utilisation: 750, Served: 10}, nil, 0, Result{own, Steady, 0, 0}},
-		{"above it", own, wide, Seen{Utilisation: 849, Served: 10}, nil, 0, Result{own, Steady, 0, 0}},
-		{"full", own, wide, Seen{Utilisation: 850, Served: 10}, nil, 0, Result{price(1008, 3024), Full, up, 0}},
-		{"still full", own, wide, Seen{Utilisation: 775, Served: 10}, nil, up, Result{price(1002, 3006), Full, up, 0}},
-		{"full no more", own, wide, Seen{Utilisation: 774, Served: 10}, nil, up, Result{own, Steady, 0, 0}},
-		{"quite full", own, wide, Seen{Utilisation: 1000}, nil, up, Result{price(1020, 3060), Full, up, 0}},
-		{"below it", own, wide, Seen{Utilisation: 651, Served: 10}, nil, 0, Result{own, Steady, 0, 0}},
-		{"idle", own, wide, Seen{Utilisation: 650, Served: 10}, nil, 0, Result{price(992, 2976), Idle, down, 0}},
-		{"still idle", own, wide, Seen{Utilisation: 725, Served: 10}, nil, down, Result{price(998, 2994), Idle, down, 0}},
-		{"idle no more", own, wide, Seen{Utilisation: 726, Served: 10}, nil, down, Result{own, Steady, 0, 0}},
-		{"quite idle", own, wide, Seen{}, nil, down, Result{price(940, 2820), Idle, down, 0}},
-		{"turning", own, wide, Seen{Utilisation: 850}, nil, down, Result{price(1008, 3024), Full, up, 0}},
-		{"not enough to turn", own, wide, Seen{Utilisation: 849}, nil, down, Result{own, Steady, 0, 0}},
-		{"full and refusing", own, wide, Seen{Utilisation: 850, Served: 1, Refused: 9}, nil, 0, Result{price(1016, 3048), Full, up, 0}},
-		{"full and refusing less", own, wide, Seen{Utilisation: 850, Served: 2, Refused: 9}, nil, 0, Result{price(1008, 3024), Full, up, 0}},
-		{"refusing", own, wide, Seen{Utilisation: 849, Served: 1, Refused: 1e6}, nil, 0, Result{own, Steady, 0, 0}},
-		{"idle and refusing", own, wide, Seen{Utilisation: 650, Served: 1, Refused: 1e6}, nil, 0, Result{price(992, 2976), Idle, down, 0}},
-		{"far below the others", own, wide, Seen{Utilisation: 1000}, sums(5333, 5333, 5333), 0, Result{price(1040, 3120), Full, up, 5333}},
-		{"below the others", own, wide, Seen{Utilisation: 1000}, sums(5332, 5332, 5332), 0, Result{price(1020, 3060), Full, up, 5332}},
-		{"far above the others", own, wide, Seen{}, sums(3200, 3200, 3200), 0, Result{price(880, 2640), Idle, down, 3200}},
-		{"above the others", own, wide, Seen{}, sums(3201, 3201, 3201), 0, Result{price(940, 2820), Idle, down, 3201}},
-		{"full, and the others cheaper", own, wide, Seen{Utilisation: 1000}, sums(1, 1, 1), 0, Result{price(1020, 3060), Full, up, 1}},
-		{"idle, and the others dearer", own, wide, Seen{}, sums(8000, 8000, 8000), 0, Result{price(940, 2820), Idle, down, 8000}},
-		{"neither, and the others cheaper", own, wide, Seen{Utilisation: 700}, sums(1, 1, 1), 0, Result{own, Steady, 0, 1}},
-		{"at the ceiling", own, Bounds{price(0, 0), own}, Seen{Utilisation: 1000}, nil, 0, Result{own, AtCeiling, up, 0}},
-		{"at the floor", own, Bounds{own, price(9000, 9000)}, Seen{}, nil, 0, Result{own, AtFloor, down, 0}},
-		{"nearly at the ceiling", own, Bounds{price(0, 0), price(1001, 3003)}, Seen{Utilisation: 1000}, nil, 0, Result{price(1001, 3003), Full, up, 0}},
-		{"from nothing", price(0, 0), Bounds{price(0, 0), price(100_000, 300_000)}, Seen{Utilisation: 1000}, nil, 0, Result{price(1, 3), Full, up, 0}},
-		{"from nothing, in the smallest steps", price(0, 0), Bounds{price(0, 0), price(0, 9)}, Seen{Utilisation: 1000}, nil, 0, Result{price(0, 1), Full, up, 0}},
-		{"above the ceiling", own, Bounds{price(0, 0), price(900, 2700)}, Seen{Utilisation: 1000}, nil, up, Result{price(900, 2700), OutOfTurn, 0, 0}},
-		{"one part above the ceiling", price(1000, 0), Bounds{price(0, 0), price(900, 2700)}, Seen{Utilisation: 1000}, nil, up, Result{price(250, 750), OutOfTurn, 0, 0}},
-		{"below the floor", own, Bounds{price(2000, 6000), price(3000, 9000)}, Seen{}, nil, down, Result{price(2000, 6000), OutOfTurn, 0, 0}},
-		{"a fixed price", own, Bounds{own, own}, Seen{Utilisation: 1000}, nil, 0, Result{own, AtCeiling, up, 0}},
-		{"not seen", own, wide, Seen{Utilisation: -1}, nil, up, Result{own, Unseen, up, 0}},
-		{"impossible", own, wide, Seen{Utilisation: 1001}, nil, up, Result{own, Unseen, up, 0}},
-		{"impossible requests", own, wide, Seen{Utilisation: 1000, Served: -1}, nil, up, Result{own, Unseen, up, 0}},
-		{"too many requests", own, wide, Seen{Utilisation: 1000, Refused: 1 << 62}, nil, up, Result{own, Unseen, up, 0}},
-		{"a trend that is none", own, wide, Seen{Utilisation: 849}, nil, 7, Result{own, Steady, 0, 0}},
+		{"at the target", own, wide, 750, nil, 0, Result{own, Steady, 0, 0}},
+		{"above it", own, wide, 849, nil, 0, Result{own, Steady, 0, 0}},
+		{"full", own, wide, 850, nil, 0, Result{price(1008, 3024), Full, up, 0}},
+		{"still full", own, wide, 775, nil, up, Result{price(1002, 3006), Full, up, 0}},
+		{"full no more", own, wide, 774, nil, up, Result{own, Steady, 0, 0}},
+		{"quite full", own, wide, 1000, nil, up, Result{price(1020, 3060), Full, up, 0}},
+		{"below it", own, wide, 651, nil, 0, Result{own, Steady, 0, 0}},
+		{"idle", own, wide, 650, nil, 0, Result{price(992, 2976), Idle, down, 0}},
+		{"still idle", own, wide, 725, nil, down, Result{price(998, 2994), Idle, down, 0}},
+		{"idle no more", own, wide, 726, nil, down, Result{own, Steady, 0, 0}},
+		{"quite idle", own, wide, 0, nil, down, Result{price(940, 2820), Idle, down, 0}},
+		{"turning", own, wide, 850, nil, down, Result{price(1008, 3024), Full, up, 0}},
+		{"not enough to turn", own, wide, 849, nil, down, Result{own, Steady, 0, 0}},
+		{"far below the others", own, wide, 1000, sums(5333, 5333, 5333), 0, Result{price(1040, 3120), Full, up, 5333}},
+		{"below the others", own, wide, 1000, sums(5332, 5332, 5332), 0, Result{price(1020, 3060), Full, up, 5332}},
+		{"far above the others", own, wide, 0, sums(3200, 3200, 3200), 0, Result{price(880, 2640), Idle, down, 3200}},
+		{"above the others", own, wide, 0, sums(3201, 3201, 3201), 0, Result{price(940, 2820), Idle, down, 3201}},
+		{"full, and the others cheaper", own, wide, 1000, sums(1, 1, 1), 0, Result{price(1020, 3060), Full, up, 1}},
+		{"idle, and the others dearer", own, wide, 0, sums(8000, 8000, 8000), 0, Result{price(940, 2820), Idle, down, 8000}},
+		{"neither, and the others cheaper", own, wide, 700, sums(1, 1, 1), 0, Result{own, Steady, 0, 1}},
+		{"at the ceiling", own, Bounds{price(0, 0), own}, 1000, nil, 0, Result{own, AtCeiling, up, 0}},
+		{"at the floor", own, Bounds{own, price(9000, 9000)}, 0, nil, 0, Result{own, AtFloor, down, 0}},
+		{"nearly at the ceiling", own, Bounds{price(0, 0), price(1001, 3003)}, 1000, nil, 0, Result{price(1001, 3003), Full, up, 0}},
+		{"from nothing", price(0, 0), Bounds{price(0, 0), price(100_000, 300_000)}, 1000, nil, 0, Result{price(1, 3), Full, up, 0}},
+		{"from nothing, in the smallest steps", price(0, 0), Bounds{price(0, 0), price(0, 9)}, 1000, nil, 0, Result{price(0, 1), Full, up, 0}},
+		{"above the ceiling", own, Bounds{price(0, 0), price(900, 2700)}, 1000, nil, up, Result{price(900, 2700), OutOfTurn, 0, 0}},
+		{"one part above the ceiling", price(1000, 0), Bounds{price(0, 0), price(900, 2700)}, 1000, nil, up, Result{price(250, 750), OutOfTurn, 0, 0}},
+		{"below the floor", own, Bounds{price(2000, 6000), price(3000, 9000)}, 0, nil, down, Result{price(2000, 6000), OutOfTurn, 0, 0}},
+		{"a fixed price", own, Bounds{own, own}, 1000, nil, 0, Result{own, AtCeiling, up, 0}},
+		{"not seen", own, wide, -1, nil, up, Result{own, Unseen, up, 0}},
+		{"impossible", own, wide, 1001, nil, up, Result{own, Unseen, up, 0}},
+		{"a trend that is none", own, wide, 849, nil, 7, Result{own, Steady, 0, 0}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			got, err := Default().Next(tt.own, tt.bounds, tt.seen, tt.others, tt.trend)
@@ -93,23 +87,23 @@ func TestRefused(t *testing.T) {
 		"a negative floor": {price(-1, 0), price(1, 1)},
 		"too high":         {price(0, 0), price(pay.MaxPrice+1, 1)},
 	} {
-		_, err := Default().Next(own, b, Seen{}, nil, 0)
+		_, err := Default().Next(own, b, 0, nil, 0)
 		_, start := Default().Start(b, nil)
 		if !errors.Is(err, ErrBounds) && !errors.Is(err, pay.ErrPrice) || start == nil {
 			t.Errorf("%s: %v, %v", name, err, start)
 		}
 	}
-	if _, err := Default().Next(price(-1, 0), wide, Seen{}, nil, 0); !errors.Is(err, pay.ErrPrice) {
+	if _, err := Default().Next(price(-1, 0), wide, 0, nil, 0); !errors.Is(err, pay.ErrPrice) {
 		t.Errorf("a negative price: %v", err)
 	}
 	for i, change := range []func(r *Rule){
 		func(r *Rule) { r.End = 0 }, func(r *Rule) { r.Begin = r.End - 1 }, func(r *Rule) { r.Target = 99 }, func(r *Rule) { r.Target = 901 },
 		func(r *Rule) { r.Gain = 0 }, func(r *Rule) { r.Gain = 501 }, func(r *Rule) { r.Far = -1 }, func(r *Rule) { r.Far = 1001 },
-		func(r *Rule) { r.Crowded = 0 }, func(r *Rule) { r.Crowded = 1001 }, func(r *Rule) { r.MinOwners = 0 },
+		func(r *Rule) { r.MinOwners = 0 },
 	} {
 		r := Default()
 		change(&r)
-		if _, err := r.Next(own, wide, Seen{}, nil, 0); err == nil {
+		if _, err := r.Next(own, wide, 0, nil, 0); err == nil {
 			t.Errorf("rule %d was accepted", i)
 		}
 	}
@@ -175,7 +169,7 @@ func TestNobodyElseDecides(t *testing.T) {
 			t.Fatal(err)
 		}
 		own := start.Price
-		seen := Seen{Utilisation: r.IntN(1001), Served: anything() % 1000, Refused: anything() % 1000}
+		seen := r.IntN(1001)
 		trend := Trend(r.IntN(3) - 1)
 		alone, err := Default().Next(own, b, seen, nil, trend)
 		if err != nil {
