@@ -25,10 +25,13 @@ const (
 	shortest, longest               = 5, 15 // ticks that a request takes
 	shortestThought, longestThought = 1, 5  // ticks until the next
 
-	known    = 8  // workers that a client keeps
+	known    = 12 // workers that a client keeps
 	verified = 32 // offers that a client verifies in an interval, at most
 	sampled  = 24 // offers that an owner verifies in an interval
 )
+
+// forever is a tick that does not come.
+const forever = 1 << 30
 
 // mTON is the unit of the simulation's curves, in nanotons.
 const mTON = 1_000_000
@@ -42,8 +45,8 @@ type owner struct {
 	cost    int64 // what it must get for a million tokens of each kind, in nanotons
 	places  int
 	latency time.Duration
-	start   int // tick from which it is there
-	end     int // tick from which it is not
+	start   int    // tick from which it is there
+	away    [2]int // ticks from which it is not, and is again
 
 	attested bool
 	lies     bool  // refuses every request
@@ -52,10 +55,9 @@ type owner struct {
 
 	trend           market.Trend
 	held, heldTicks int
-	served, refused int64
 }
 
-func (o *owner) there(now int) bool { return now >= o.start && now < o.end }
+func (o *owner) there(now int) bool { return now >= o.start && (now < o.away[0] || now >= o.away[1]) }
 
 // A client has streams, each with one request at a time.
 type client struct {
@@ -91,8 +93,7 @@ type Market struct {
 	heldTicks   int64
 	turned, out int64
 
-	indices    []int // for reuse
-	candidates []market.Candidate
+	reused []market.Candidate
 }
 
 // A Point is an interval of a run.
@@ -106,9 +107,6 @@ type Point struct {
 	Out      int64 // tries of clients to whom every worker was too dear
 }
 
-// Forever is an end that does not come.
-const forever = 1 << 30
-
 func newMarket(seed uint64) *Market {
 	return &Market{rule: market.Default(), rand: rand.New(rand.NewPCG(seed, 0)), ends: map[int][]func(){}}
 }
@@ -118,11 +116,11 @@ func (m *Market) between(low, high int64) int64 { return low + m.rand.Int64N(hig
 
 // addOwners adds honest owners with 1 to 5 places and costs between 50 and 800 mTON.
 // They begin anywhere between their costs and 2 TON.
-func (m *Market) addOwners(n, start, end int) {
+func (m *Market) addOwners(n int, away [2]int) {
 	for range n {
 		o := &owner{
 			name: fmt.Sprintf("0:%04d", len(m.owners)), cost: m.between(50, 800) * mTON, places: int(m.between(1, 5)),
-			latency: time.Duration(m.between(50, 500)) * time.Millisecond, start: start, end: end, attested: true,
+			latency: time.Duration(m.between(50, 500)) * time.Millisecond, away: away, attested: true,
 		}
 		o.price = m.between(o.cost, ceiling)
 		m.owners = append(m.owners, o)
@@ -137,7 +135,7 @@ func (m *Market) addLiars(n int, price int64, attested bool, start int) {
 	for range n {
 		m.owners = append(m.owners, &owner{
 			name: fmt.Sprintf("0:%04d", len(m.owners)), cost: price, price: price, places: 1000, latency: time.Millisecond,
-			start: start, end: forever, attested: attested, lies: true, fixed: true,
+			start: start, attested: attested, lies: true, fixed: true,
 		})
 	}
 }
@@ -222,13 +220,12 @@ func (m *Market) reprice(index int, o *owner) {
 			others = append(others, market.Offer{Owner: other.name, Worker: other.worker(i), Price: of(other.price), Capacity: other.places})
 		}
 	}
-	seen := market.Seen{Utilisation: o.heldTicks * 1000 / (interval * o.places), Served: o.served, Refused: o.refused}
-	result, err := m.rule.Next(of(o.price), market.Bounds{Floor: of(o.cost), Ceiling: of(ceiling)}, seen, others, o.trend)
+	result, err := m.rule.Next(of(o.price), market.Bounds{Floor: of(o.cost), Ceiling: of(ceiling)}, o.heldTicks*1000/(interval*o.places), others, o.trend)
 	if err != nil {
 		panic(err) // the simulation's own bounds
 	}
 	o.price, o.trend = market.Sum(result.Price), result.Trend
-	o.heldTicks, o.served, o.refused = 0, 0, 0
+	o.heldTicks = 0
 }
 
 // size is what every request comes to.
@@ -238,46 +235,56 @@ var size = market.Tokens{Prompt: 1_000_000, Completion: 1_000_000}
 func (m *Market) look(c *client) {
 	c.looked = m.now
 	c.knows = append(c.knows, make([]acquaintance, len(m.owners)-len(c.knows))...)
-	m.indices = m.indices[:0]
-	for i, o := range m.owners {
-		if o.there(m.now) && o.price <= c.worth && !c.knows[i].bad {
-			m.indices = append(m.indices, i)
+	for tries := 0; ; {
+		c.list = c.list[:0]
+		for i, o := range m.owners {
+			if o.price <= c.worth && o.there(m.now) && !c.knows[i].bad {
+				c.list = append(c.list, i)
+			}
 		}
-	}
-	c.list = c.list[:0]
-	for tries, i := range m.order(c, m.indices) {
-		if i := m.indices[i]; tries == verified || len(c.list) == known {
-			break
-		} else if m.owners[i].attested {
-			c.list = append(c.list, i)
-		} else {
-			c.knows[i].bad = true
+		picked := c.taste().Shortlist(m.candidates(c), known, size, m.rand.Uint32)
+		good := picked[:0]
+		for _, i := range picked {
+			if i = c.list[i]; m.owners[i].attested {
+				good = append(good, i)
+			} else if tries++; tries <= verified {
+				c.knows[i].bad = true
+			}
+		}
+		if again := len(good) < len(picked); !again || tries >= verified {
+			c.list = append(c.list[:0], good...)
+			return
 		}
 	}
 }
 
-// order is in which order a client asks owners.
-func (m *Market) order(c *client, owners []int) []int {
-	m.candidates = m.candidates[:0]
-	for _, i := range owners {
+func (c *client) taste() market.Taste {
+	t := market.DefaultTaste()
+	t.Max = of(c.worth)
+	return t
+}
+
+// candidates is what a client knows of the owners in its list. It is good until the next
+// call.
+func (m *Market) candidates(c *client) []market.Candidate {
+	m.reused = m.reused[:0]
+	for _, i := range c.list {
 		k := &c.knows[i]
-		m.candidates = append(m.candidates, market.Candidate{
-			Price: of(m.owners[i].price), Latency: k.latency, InFlight: k.inFlight, Busy: k.until > m.now,
+		m.reused = append(m.reused, market.Candidate{
+			Price: of(m.owners[i].price), Latency: k.latency, InFlight: k.inFlight, Busy: k.until > m.now, Proven: k.latency > 0,
 		})
 	}
-	taste := market.DefaultTaste()
-	taste.Max = of(c.worth)
-	return taste.Order(m.candidates, size, m.rand.Uint32)
+	return m.reused
 }
 
 // request is a client's try to have one served.
 func (m *Market) request(c *client, stream int) {
-	// It reads the listing once an interval, and every minute while nobody takes it.
+	// It reads the listing once an interval, and every five minutes while nobody takes it.
 	if m.now-c.looked >= interval {
 		m.look(c)
 	}
 	taken := m.ask(c, stream)
-	if !taken && m.now-c.looked >= int(time.Minute/tick) {
+	if !taken && m.now-c.looked >= int(5*time.Minute/tick) {
 		m.look(c)
 		taken = m.ask(c, stream)
 	}
@@ -295,19 +302,14 @@ func (m *Market) request(c *client, stream int) {
 func (m *Market) thought() int { return int(m.between(shortestThought, longestThought)) }
 
 func (m *Market) ask(c *client, stream int) bool {
-	for _, i := range m.order(c, c.list) {
+	for _, i := range c.taste().Order(m.candidates(c), size, m.rand.Uint32) {
 		o, k := m.owners[c.list[i]], &c.knows[c.list[i]]
-		if k.until > m.now {
-			return false
-		}
 		if !o.there(m.now) || o.lies || o.held == o.places {
-			o.refused++
 			k.refusals++
-			k.until = m.now + int(market.Pause(k.refusals)/tick)
+			k.until = m.now + int(market.Pause(k.refusals, k.latency > 0)/tick)
 			continue
 		}
 		o.held++
-		o.served++
 		k.inFlight++
 		k.refusals, k.latency = 0, o.latency
 		m.prices = append(m.prices, o.price)
