@@ -54,11 +54,11 @@ type Tokens struct{ Prompt, Completion int64 }
 // ask the same few of them.
 func (t Taste) Order(candidates []Candidate, size Tokens, dice func() uint32) []int {
 	type rank struct {
-		index, busy, level int
-		cost               uint64
-		load               int
-		dice               uint32
+		cost  uint64 // with busyBit where it is busy
+		among uint64 // in a level: requests in flight, then chance
+		index int
 	}
+	const busyBit, most = 1 << 63, 1 << 62
 	fastest := time.Duration(math.MaxInt64)
 	list := make([]rank, 0, len(candidates))
 	for i, c := range candidates {
@@ -67,45 +67,32 @@ func (t Taste) Order(candidates []Candidate, size Tokens, dice func() uint32) []
 		}
 		// In thousandths, and one nanoton more: of what costs nothing, too, the slower one is
 		// dearer.
-		cost := min(c.Price.Cost(size.Prompt, size.Completion), math.MaxUint64/1000-1)*1000 + 1000
-		list = append(list, rank{index: i, cost: cost, load: c.InFlight, dice: dice()})
-		if c.Busy {
-			list[len(list)-1].busy = 1
-		}
+		cost := min(c.Price.Cost(size.Prompt, size.Completion), most/4000)*1000 + 1000
+		load := uint64(min(max(c.InFlight, 0), math.MaxInt32))
+		list = append(list, rank{cost, load<<32 | uint64(dice()), i})
 		if c.Latency > 0 {
 			fastest = min(fastest, c.Latency)
 		}
 	}
 	for i := range list {
+		c, r := &candidates[list[i].index], &list[i]
 		// Of one that nobody has tried the best is assumed, else nobody would try it.
-		if c := candidates[list[i].index]; c.Latency > fastest {
-			list[i].cost = more(list[i].cost, min(t.Second*(c.Latency-fastest).Milliseconds()/1000, t.Slowest))
+		if c.Latency > fastest {
+			r.cost = more(r.cost, min(t.Second*(c.Latency-fastest).Milliseconds()/1000, t.Slowest))
+		}
+		if c.Busy {
+			r.cost |= busyBit
 		}
 	}
-	slices.SortFunc(list, func(a, b rank) int {
-		if a.busy != b.busy {
-			return a.busy - b.busy
+	slices.SortFunc(list, func(a, b rank) int { return cmp.Compare(a.cost, b.cost) })
+	for rest := list; len(rest) > 0; {
+		end := 1 // of the level; since no cost reaches the bit, busy ones are in another
+		for last := more(rest[0].cost&^busyBit, t.Near) | rest[0].cost&busyBit; end < len(rest) && rest[end].cost <= last; {
+			end++
 		}
-		return cmp.Compare(a.cost, b.cost)
-	})
-	first := 0 // of the level
-	for i := range list {
-		if list[i].busy != list[first].busy || list[i].cost > more(list[first].cost, t.Near) {
-			first = i
-		}
-		list[i].level = first
+		slices.SortFunc(rest[:end], func(a, b rank) int { return cmp.Or(cmp.Compare(a.among, b.among), a.index-b.index) })
+		rest = rest[end:]
 	}
-	slices.SortFunc(list, func(a, b rank) int {
-		switch {
-		case a.level != b.level:
-			return a.level - b.level
-		case a.load != b.load:
-			return cmp.Compare(a.load, b.load)
-		case a.dice != b.dice:
-			return cmp.Compare(a.dice, b.dice)
-		}
-		return a.index - b.index
-	})
 	order := make([]int, len(list))
 	for i, r := range list {
 		order[i] = r.index
@@ -148,12 +135,8 @@ func (t Taste) Fits(p pay.Price) bool {
 	return p.Validate() == nil && (t.Max.Prompt == 0 || p.Prompt <= t.Max.Prompt) && (t.Max.Completion == 0 || p.Completion <= t.Max.Completion)
 }
 
-// more is a cost and so many thousandths of it, up to as much again; what does not fit
-// is the most.
+// more is a cost and so many thousandths of it, up to as much again.
 func more(cost uint64, thousandths int64) uint64 {
-	if cost > math.MaxUint64/2 {
-		return math.MaxUint64
-	}
 	part := uint64(min(max(thousandths, 0), 1000))
 	return cost + cost/1000*part + cost%1000*part/1000
 }
