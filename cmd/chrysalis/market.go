@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"math"
 	"net/url"
 	"os"
 	"path/filepath"
@@ -34,7 +35,7 @@ const (
 type MarketCmd struct {
 	trustFlags
 	Model    string        `placeholder:"MODEL" help:"A model, by NAME@REVISION, NAME or root hash (default: any)."`
-	MaxPrice int64         `placeholder:"NANOTONS" help:"The most for a million tokens, of prompts and of completions (default: no limit)."`
+	MaxPrice string        `placeholder:"TON" help:"The most for a million tokens, of prompts and of completions (default: no limit)."`
 	Probe    bool          `help:"Verify the workers now, as 'chrysalis verify' does, and remember what came of it. Without it, what the last probes on this machine found is shown."`
 	Limit    int           `default:"32" help:"How many offers are shown and probed, the cheapest first (default: ${default})."`
 	Timeout  time.Duration `default:"15s" help:"How long one worker may take (default: ${default})."`
@@ -70,6 +71,14 @@ func (c *MarketCmd) Run(ctx context.Context) error {
 	if c.Timeout <= 0 {
 		return errors.New("--timeout: not a time")
 	}
+	limit := int64(0)
+	if c.MaxPrice != "" {
+		amount, err := parseTON(c.MaxPrice)
+		if err != nil {
+			return fmt.Errorf("--max-price: %w", err)
+		}
+		limit = int64(min(amount, math.MaxInt64))
+	}
 	reader, view, err := c.TON.view(ctx)
 	if err != nil {
 		return err
@@ -88,7 +97,7 @@ func (c *MarketCmd) Run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	found := registry.Find(offers, c.Model, c.MaxPrice)
+	found := registry.Find(offers, c.Model, limit)
 	all := len(found)
 	found = found[:min(all, c.Limit)]
 	if c.Probe && len(found) > 0 {

@@ -14,6 +14,7 @@ import (
 	"chrysalis/market"
 	"chrysalis/measure/record"
 	"chrysalis/registry"
+	"chrysalis/registry/lite"
 )
 
 // TestMarketCommand lists what four owners offer: a worker that holds, the same for a
@@ -59,20 +60,35 @@ func TestMarketCommand(t *testing.T) {
 		}
 		do("registry", "publish", "--key-file", publisher, path)
 	}
-	key := registry.Key(image.Key()).String()
-	put := func(name, endpoint, price string, m record.Model) {
+	key := image.Key()
+	publishers := []lite.Address{}
+	if a, err := lite.ParseAddress(address); err == nil {
+		publishers = append(publishers, a)
+	}
+	ton := &tonFlags{Network: "devnet", MaxAge: 2 * time.Minute, Liteservers: 1}
+	put := func(name, endpoint string, price int64, m record.Model) {
 		t.Helper()
 		owner := filepath.Join(dir, name+".key")
 		fundedKey(t, chain, owner)
-		do("listing", "put", "--key-file", owner, "--image", key, "--model", m.Name+"@"+m.Revision+":"+m.RootHash.String(), "--endpoint", endpoint,
-			"--prompt-price", price, "--completion-price", "1500000000", "--capacity", "3", "--registry", address)
+		p, err := (&walletFlags{KeyFile: owner, Wallet: "v5r1"}).publisher(ton, "", newSteps())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer p.Reader.Client.Close()
+		o := registry.OfferDocument{
+			Version: registry.OfferVersion, Endpoint: endpoint, Image: key[:], Payout: p.Wallet.Address.String(), Capacity: 3,
+			Models: []registry.OfferedModel{{ID: m.Name + "@" + m.Revision, RootHash: m.RootHash, PromptPrice: price, CompletionPrice: 1_500_000_000}},
+		}
+		if _, err := p.Do(t.Context(), registry.PutOffer(o, time.Now().Add(24*time.Hour).Truncate(time.Second), publishers, registry.Policy{})); err != nil {
+			t.Fatal(err)
+		}
 	}
 	host := func(url string) string { return strings.TrimPrefix(url, "https://") }
-	put("good", host(good.URL), "4000000", model)
-	put("cheap", host(good.URL), "1000000", another)
-	put("bad", host(bad.URL), "2000000", model)
-	put("gone", gone.Addr().String(), "3000000", model)
-	put("none", "x@"+host(good.URL), "5000000", model)
+	put("good", host(good.URL), 4_000_000, model)
+	put("cheap", host(good.URL), 1_000_000, another)
+	put("bad", host(bad.URL), 2_000_000, model)
+	put("gone", gone.Addr().String(), 3_000_000, model)
+	put("none", "x@"+host(good.URL), 5_000_000, model)
 
 	trusted := []string{"--policy", f.Policy, "--record", f.Record[0]}
 	line := func(out string, want ...string) {
@@ -116,6 +132,10 @@ func TestMarketCommand(t *testing.T) {
 		t.Errorf("%+v", r)
 	}
 	line(do("market", "--limit", "1"), "acme/model@1 .* no: other-model .* 0 of 1 ")
+	line(do("market", "--max-price", "1.5", "--limit", "1"), "acme/model@1 ")
+	if out := do("market", "--max-price", "1.499999999"); out != "" {
+		t.Errorf("too dear, and shown:\n%s", out)
+	}
 
 	// What was remembered is damaged: the file is named, and nothing is lost by itself.
 	paths, _ := filepath.Glob(filepath.Join(dir, "chrysalis", "ton", "probes-*.json"))
@@ -129,7 +149,7 @@ func TestMarketCommand(t *testing.T) {
 		t.Errorf("a damaged history: %v", err)
 	}
 	os.Remove(paths[0])
-	for _, args := range [][]string{{"market", "--limit", "0"}, {"market", "--limit", "513"}, {"market", "--timeout", "0s"}, {"market", "--probe", "--record", publisher}} {
+	for _, args := range [][]string{{"market", "--limit", "0"}, {"market", "--limit", "513"}, {"market", "--timeout", "0s"}, {"market", "--max-price", "x"}, {"market", "--probe", "--record", publisher}} {
 		if out, err := runCommand(t, args...); err == nil {
 			t.Errorf("%v: %s", args, out)
 		}
