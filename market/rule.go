@@ -82,14 +82,14 @@ type Reason string
 
 // The reasons.
 const (
-	Steady    Reason = "steady"         // neither full nor idle
-	Full      Reason = "full"           // up: the places are held
-	Idle      Reason = "idle"           // down: places are free
-	AtCeiling Reason = "at the ceiling" // full, and the owner lets it rise no more
-	AtFloor   Reason = "at the floor"   // idle, and the owner lets it fall no more
-	OutOfTurn Reason = "out of bounds"  // the price was not between the bounds, and is now
-	Unseen    Reason = "not seen"       // nothing is known of the interval: held
-	First     Reason = "first"          // of a VM that starts
+	Steady      Reason = "steady"         // neither full nor idle
+	Full        Reason = "full"           // up: the places are held
+	Idle        Reason = "idle"           // down: places are free
+	AtCeiling   Reason = "at the ceiling" // full, and the owner lets it rise no more
+	AtFloor     Reason = "at the floor"   // idle, and the owner lets it fall no more
+	OutOfBounds Reason = "out of bounds"  // the price was not between the bounds, and is now
+	Unseen      Reason = "not seen"       // nothing is known of the interval: held
+	First       Reason = "first"          // of a VM that starts
 )
 
 // A Result is what a rule comes to.
@@ -186,7 +186,7 @@ func (r Rule) Next(own pay.Price, b Bounds, utilisation int, others []Offer, tre
 	}
 	sum := Sum(own)
 	if b.Floor.Under(own) != nil || own.Under(b.Ceiling) != nil {
-		result.Price, result.Reason = b.at(sum), OutOfTurn
+		result.Price, result.Reason = b.at(sum), OutOfBounds
 		return result, nil
 	}
 	if utilisation < 0 || utilisation > 1000 {

@@ -9,8 +9,6 @@ import (
 	"chrysalis/pay"
 )
 
-const ton = 1_000_000_000
-
 func price(prompt, completion int64) pay.Price {
 	return pay.Price{Prompt: prompt, Completion: completion}
 }
@@ -62,9 +60,9 @@ func TestNext(t *testing.T) {
 		{"nearly at the ceiling", own, Bounds{price(0, 0), price(1001, 3003)}, 1000, nil, 0, Result{price(1001, 3003), Full, up, 0}},
 		{"from nothing", price(0, 0), Bounds{price(0, 0), price(100_000, 300_000)}, 1000, nil, 0, Result{price(1, 3), Full, up, 0}},
 		{"from nothing, in the smallest steps", price(0, 0), Bounds{price(0, 0), price(0, 9)}, 1000, nil, 0, Result{price(0, 1), Full, up, 0}},
-		{"above the ceiling", own, Bounds{price(0, 0), price(900, 2700)}, 1000, nil, up, Result{price(900, 2700), OutOfTurn, 0, 0}},
-		{"one part above the ceiling", price(1000, 0), Bounds{price(0, 0), price(900, 2700)}, 1000, nil, up, Result{price(250, 750), OutOfTurn, 0, 0}},
-		{"below the floor", own, Bounds{price(2000, 6000), price(3000, 9000)}, 0, nil, down, Result{price(2000, 6000), OutOfTurn, 0, 0}},
+		{"above the ceiling", own, Bounds{price(0, 0), price(900, 2700)}, 1000, nil, up, Result{price(900, 2700), OutOfBounds, 0, 0}},
+		{"one part above the ceiling", price(1000, 0), Bounds{price(0, 0), price(900, 2700)}, 1000, nil, up, Result{price(250, 750), OutOfBounds, 0, 0}},
+		{"below the floor", own, Bounds{price(2000, 6000), price(3000, 9000)}, 0, nil, down, Result{price(2000, 6000), OutOfBounds, 0, 0}},
 		{"a fixed price", own, Bounds{own, own}, 1000, nil, 0, Result{own, AtCeiling, up, 0}},
 		{"not seen", own, wide, -1, nil, up, Result{own, Unseen, up, 0}},
 		{"impossible", own, wide, 1001, nil, up, Result{own, Unseen, up, 0}},
