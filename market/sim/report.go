@@ -54,8 +54,11 @@ func Run() *Report {
 		{"200 that are not attested, at nothing", func(m *Market) { m.addLiars(200, 1, false, phase*interval) }},
 		{"60 attested, at nothing, refuse all", func(m *Market) { m.addLiars(60, 1, true, phase*interval) }},
 		{"200 attested, at nothing, refuse all", func(m *Market) { m.addLiars(200, 1, true, phase*interval) }},
-		{"60 attested, at the ceiling", func(m *Market) { m.addLiars(60, ceiling, true, phase*interval) }},
 		{"200 attested, at the ceiling", func(m *Market) { m.addLiars(200, ceiling, true, phase*interval) }},
+		{"200 attested, at nothing, and owners look at nobody", func(m *Market) {
+			m.addLiars(200, 1, true, phase*interval)
+			m.rule.MinOwners = len(m.owners) // more than are ever looked at
+		}},
 	}
 	r := &Report{Manipulations: make([]Manipulation, len(manipulations))}
 	var all sync.WaitGroup
@@ -176,7 +179,7 @@ func (r *Report) Pictures() map[string]string {
 	for _, shown := range []struct {
 		name string
 		run  int
-	}{{"not attested", 1}, {"200 cheap", 3}, {"200 dear", 5}, {"nobody", 0}} {
+	}{{"not attested", 1}, {"200 cheap", 3}, {"200 dear", 4}, {"nobody", 0}} {
 		l := market.Line{Name: shown.name, Dashed: shown.run == 0}
 		for x, p := range r.Manipulations[shown.run].points {
 			l.Points = append(l.Points, [2]int64{int64(x), p.Price})
