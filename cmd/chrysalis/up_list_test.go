@@ -122,7 +122,7 @@ func TestUpList(t *testing.T) {
 func TestUpListFlags(t *testing.T) {
 	t.Setenv("CHRYSALIS_TON_KEY", "")
 	for want, args := range map[string][]string{
-		"--endpoint=HOST:PORT, --prompt-price=NANOTONS, --completion-price=NANOTONS, --registry=ADDRESS": {"up", "--list", "--key-file", "k"},
+		"--endpoint=HOST:PORT, --prompt-price=TON, --completion-price=TON, --registry=ADDRESS": {"up", "--list", "--key-file", "k"},
 		"missing flags: --key-file": {"up", "--list"},
 		"without --list":            {"up", "--endpoint", "a:1"},
 		"missing flags: --registry": {"listing", "put", "--key-file", "k", "--image", strings.Repeat("0", 64), "--model", "m",

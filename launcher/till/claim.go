@@ -15,8 +15,8 @@ import (
 const (
 	claimAtOnce  = 64
 	claimTimeout = 2 * time.Minute
-	claimRetry   = 30 * time.Second // doubled with each failure
-	claimRetries = 5                // how often it is doubled
+	claimRetry   = 5 * time.Second // doubled with each failure
+	claimRetries = 7               // how often it is doubled
 )
 
 // claiming claims what is due.

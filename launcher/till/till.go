@@ -158,6 +158,7 @@ type Till struct {
 	chainBad int
 	pricesAt time.Time
 	refusals uint64
+	last     Sums // when the store was closed
 	closed   bool
 
 	acked uint64 // only the collecting goroutine
@@ -268,14 +269,16 @@ func (t *Till) Close() error {
 	if t.store == nil {
 		return nil
 	}
+	t.last = t.sums()
 	s := t.store
 	t.store = nil
 	return s.Close()
 }
 
-// Finish takes what a VM that has been drained still has, claims all that is worth it,
-// and closes the till. What the context leaves no time for stays in the store.
-func (t *Till) Finish(ctx context.Context) error {
+// Finish takes what a VM that has been drained still has, claims all that is worth it
+// if it is to, and closes the till. What the context leaves no time for stays in the
+// store.
+func (t *Till) Finish(ctx context.Context, claim bool) error {
 	t.halt()
 	collected := func() error {
 		if err := t.openStore(); err != nil {
@@ -291,11 +294,38 @@ func (t *Till) Finish(ctx context.Context) error {
 	if collected != nil {
 		collected = fmt.Errorf("collect what was paid last: %w", collected)
 	}
-	if t.opened() != nil {
+	if claim && t.opened() != nil {
 		t.claim(ctx, true)
 	}
 	return errors.Join(collected, t.Close())
 }
+
+// Settle claims all that is worth it of what a store has that no till uses.
+func Settle(ctx context.Context, o Options) error {
+	if o.Now == nil {
+		o.Now = time.Now
+	}
+	t := &Till{
+		o: o, closed: true, read: map[voucher.Channel]time.Time{}, admitted: map[voucher.Channel]*admitted{},
+		backoff: map[voucher.Channel]backoff{},
+	}
+	if err := t.openStore(); err != nil {
+		return err
+	}
+	t.claim(ctx, true)
+	t.mu.Lock()
+	failed := t.claimErr
+	t.mu.Unlock()
+	err := t.Close()
+	if failed != "" {
+		err = errors.Join(errors.New(failed), err)
+	}
+	return err
+}
+
+// Open opens the store, so that State says what is wrong with it. Run does that, too,
+// and tries again where it fails.
+func (t *Till) Open() error { return t.openStore() }
 
 func (t *Till) opened() *store.Store {
 	t.mu.Lock()
@@ -458,13 +488,18 @@ type State struct {
 	Payee    lite.Address `json:"payee"`
 	Models   []ModelState `json:"models"`
 	Channels int          `json:"channels"` // that are served on
-	Earned   uint64       `json:"earned"`   // nanotons, since the store began
-	Claimed  uint64       `json:"claimed"`
-	Lost     uint64       `json:"lost"`
-	Fees     uint64       `json:"fees"`
-	Pending  uint64       `json:"pending"` // vouchers that could be claimed; part of it may not be used yet
-	Refused  uint64       `json:"refused"` // channels that were named and are not served on
-	Trouble  []string     `json:"trouble,omitempty"`
+	Sums
+	Refused uint64   `json:"refused"` // channels that were named and are not served on
+	Trouble []string `json:"trouble,omitempty"`
+}
+
+// Sums are nanotons since the store began.
+type Sums struct {
+	Earned  uint64 `json:"earned"`
+	Claimed uint64 `json:"claimed"`
+	Lost    uint64 `json:"lost"`
+	Fees    uint64 `json:"fees"`
+	Pending uint64 `json:"pending"` // vouchers that can be claimed; part of it may not be used yet
 }
 
 // ModelState is a model and what it costs.
@@ -490,14 +525,21 @@ func (t *Till) State() State {
 			st.Trouble = append(st.Trouble, text)
 		}
 	}
+	st.Sums = t.last
 	if t.store != nil {
-		sum := store.Total(t.store.Earnings())
-		st.Earned, st.Claimed, st.Lost, st.Fees = sum.Earned, sum.Claimed, sum.Lost, sum.Fees
-		for _, c := range t.store.Channels() {
-			st.Pending += c.Unclaimed()
-		}
+		st.Sums = t.sums()
 	}
 	return st
+}
+
+// sums adds up what the store has, which is open. t.mu is held.
+func (t *Till) sums() (s Sums) {
+	total := store.Total(t.store.Earnings())
+	s.Earned, s.Claimed, s.Lost, s.Fees = total.Earned, total.Claimed, total.Lost, total.Fees
+	for _, c := range t.store.Channels() {
+		s.Pending += c.Unclaimed()
+	}
+	return s
 }
 
 // Earnings returns what was earned, by day and model.

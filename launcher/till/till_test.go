@@ -46,10 +46,11 @@ var price = pay.Price{Prompt: 1_000_000, Completion: 1_000_000}
 // that can be set forward.
 type net struct {
 	testing.TB
-	chain  *devnet.Chain
-	server *devnet.Server
-	listen string
-	ahead  atomic.Int64
+	chain   *devnet.Chain
+	server  *devnet.Server
+	listen  string
+	timeout time.Duration // of a query
+	ahead   atomic.Int64
 
 	payer, owner *registry.Publisher
 	key          ed25519.PrivateKey // signs vouchers
@@ -60,7 +61,7 @@ func (n *net) now() time.Time { return time.Now().Add(time.Duration(n.ahead.Load
 
 func newNet(t testing.TB) *net {
 	t.Helper()
-	n := &net{TB: t, key: ed25519.NewKeyFromSeed(bytes.Repeat([]byte{9}, 32)), listen: "127.0.0.1:0"}
+	n := &net{TB: t, key: ed25519.NewKeyFromSeed(bytes.Repeat([]byte{9}, 32)), listen: "127.0.0.1:0", timeout: 10 * time.Second}
 	c, err := devnet.Open(devnet.Options{Now: n.now})
 	if err != nil {
 		t.Fatal(err)
@@ -95,7 +96,7 @@ func (n *net) connect() (*lite.Client, error) {
 	if err := network.ReadGlobalConfig(n.chain.GlobalConfig(n.server)); err != nil {
 		return nil, err
 	}
-	return lite.New(network, lite.Options{Timeout: time.Second, Now: n.now})
+	return lite.New(network, lite.Options{Timeout: n.timeout, Now: n.now})
 }
 
 func (n *net) wallet(seed byte) *registry.Publisher {
@@ -438,7 +439,7 @@ func TestPaid(t *testing.T) {
 		t.Fatal(err)
 	}
 	before := n.balance(o.Payee)
-	if err := till.Finish(t.Context()); err != nil {
+	if err := till.Finish(t.Context(), true); err != nil {
 		t.Fatal(err)
 	}
 	s := n.read(id)
@@ -645,6 +646,7 @@ func TestRefusesVouchers(t *testing.T) {
 // else is, a claim is tried again, and nothing is lost.
 func TestAway(t *testing.T) {
 	n := newNet(t)
+	n.timeout = time.Second
 	v, l := newVM(t, n.chain.GlobalID()), &log{}
 	o := n.options(t.TempDir(), v, l)
 	till := n.run(o)
@@ -765,7 +767,7 @@ func TestClaims(t *testing.T) {
 		t.Error("one that was dropped does not come back")
 	}
 	pay(little, contract.MinDifference+2*step)
-	if err := till.Finish(t.Context()); err != nil {
+	if err := till.Finish(t.Context(), true); err != nil {
 		t.Fatal(err)
 	}
 	if got := n.read(little).Claimed; got != contract.MinDifference+2*step {
@@ -800,7 +802,7 @@ func TestWallet(t *testing.T) {
 			paid += 6_000_000
 		}
 		owner, other := n.balance(o.Payee), n.balance(stranger.Wallet.Address)
-		if err := till.Finish(t.Context()); err != nil {
+		if err := till.Finish(t.Context(), true); err != nil {
 			t.Fatal(err)
 		}
 		sum := store.Total(till.rows(t, o))

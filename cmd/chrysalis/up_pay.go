@@ -1,0 +1,133 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"time"
+
+	"chrysalis/launcher"
+	"chrysalis/launcher/till"
+	"chrysalis/manifest"
+	"chrysalis/pay"
+	"chrysalis/registry"
+	"chrysalis/registry/lite"
+)
+
+// payFlags say on which terms a VM is paid. Its prices and who is paid are those of an
+// offer.
+type payFlags struct {
+	PromptCeiling     *tonPrice     `placeholder:"TON" help:"The most that a million tokens of prompts can ever cost while the VM runs, which clients see (default: the price)."`
+	CompletionCeiling *tonPrice     `placeholder:"TON" help:"The same of completions (default: the price)."`
+	VoucherStep       *tonPrice     `placeholder:"TON" help:"What a client pays at a time, which is also what either side can lose (default: a tenth of the highest ceiling)."`
+	MinDeposit        tonPrice      `default:"0.1" placeholder:"TON" help:"What a client's channel must be opened with at least (default: ${default})."`
+	MinDelay          time.Duration `default:"24h" help:"How long you must have to claim when a client closes its channel; be never away for longer (default: ${default})."`
+	ClaimKey          string        `placeholder:"FILE" help:"The key of a wallet that pays for claims, many at a time (default: the fees are taken out of each claim)."`
+}
+
+// paid reports whether clients pay by these flags.
+func (f *payFlags) paid(o *upOffer) bool {
+	for _, p := range []*tonPrice{o.PromptPrice, o.CompletionPrice, f.PromptCeiling, f.CompletionCeiling} {
+		if p != nil && *p > 0 {
+			return true
+		}
+	}
+	return false
+}
+
+func (f *payFlags) validate(o *upOffer) error {
+	if f.paid(o) {
+		return nil
+	}
+	if f.VoucherStep != nil || f.ClaimKey != "" {
+		return errors.New("flags of payments are given without prices; say what is paid with --prompt-price and --completion-price")
+	}
+	return nil
+}
+
+func orZero(p *tonPrice) int64 {
+	if p == nil {
+		return 0
+	}
+	return int64(*p)
+}
+
+// payment is who is paid for what the VM will serve, or nil.
+func (c *UpCmd) payment() (*launcher.Payment, error) {
+	o, f := &c.Offer, &c.Pay
+	fromFile := false
+	if c.Manifest != "" {
+		if data, err := os.ReadFile(c.Manifest); err == nil {
+			m, err := manifest.Parse(data)
+			fromFile = err == nil && m.Payment != nil // what is wrong with it is said later
+		}
+	}
+	if !f.paid(o) && !fromFile {
+		return nil, nil
+	}
+	payee, err := o.payee()
+	if err != nil {
+		return nil, err
+	}
+	network, err := o.TON.lasting()
+	if err != nil {
+		return nil, fmt.Errorf("clients pay on TON, so that the network is needed: %w", err)
+	}
+	p := &launcher.Payment{
+		Terms:   till.Terms{GlobalID: network.Network.GlobalID, Payee: payee, MinDeposit: uint64(f.MinDeposit), MinDelay: f.MinDelay},
+		Step:    uint64(orZero(f.VoucherStep)),
+		Network: network, ClaimKey: f.ClaimKey, ClaimWallet: o.Wallet,
+	}
+	if f.VoucherStep != nil && *f.VoucherStep == 0 {
+		return nil, errors.New("--voucher-step: a nanoton at least")
+	}
+	price := pay.Price{Prompt: orZero(o.PromptPrice), Completion: orZero(o.CompletionPrice)}
+	if o.PromptPrice != nil || o.CompletionPrice != nil {
+		p.Prices = []pay.Price{price}
+	}
+	if fromFile {
+		if f.PromptCeiling != nil || f.CompletionCeiling != nil {
+			return nil, errors.New("the manifest file already holds the ceilings")
+		}
+		return p, nil
+	}
+	ceiling := price
+	if f.PromptCeiling != nil {
+		ceiling.Prompt = int64(*f.PromptCeiling)
+	}
+	if f.CompletionCeiling != nil {
+		ceiling.Completion = int64(*f.CompletionCeiling)
+	}
+	p.Ceilings = []pay.Price{ceiling}
+	if err := errors.Join(ceiling.Validate(), price.Under(ceiling)); err != nil {
+		return nil, err
+	}
+	return p, nil
+}
+
+// payee is who is paid: who the flags name, or else the wallet.
+func (o *upOffer) payee() (lite.Address, error) {
+	if o.Payout != "" {
+		a, err := lite.ParseAddress(o.Payout)
+		if err != nil {
+			return a, fmt.Errorf("--payout: %w", err)
+		}
+		return a, nil
+	}
+	if o.KeyFile == "" {
+		return lite.Address{}, errors.New("clients pay, but whom? give an address with --payout, or a wallet's key with --key-file")
+	}
+	network, err := o.TON.named()
+	if err != nil {
+		return lite.Address{}, err
+	}
+	key, err := registry.LoadKey(o.KeyFile)
+	if err != nil {
+		return lite.Address{}, err
+	}
+	wallet, err := registry.NewWallet(key, o.Wallet, network.GlobalID)
+	if err != nil {
+		return lite.Address{}, err
+	}
+	return wallet.Address, nil
+}
