@@ -24,11 +24,7 @@ func (t *Till) collecting(ctx context.Context) {
 				continue
 			}
 		}
-		wait := t.o.Tick
-		if t.opened() == nil {
-			wait = min(reopenStore, 10*t.o.Tick)
-		}
-		if !t.pause(ctx, wait, nil) {
+		if !t.pause(ctx, t.o.Tick, nil) {
 			return
 		}
 	}

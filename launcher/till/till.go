@@ -111,7 +111,6 @@ const (
 	goneAgain    = time.Minute      // one that is not there is looked for again, before its vouchers are forgotten
 	idleDrop     = time.Hour        // one that nobody uses is dropped from the VM
 	maxBackoff   = 30 * time.Second // where nothing can be read
-	reopenStore  = 10 * time.Second
 	defaultEvery = 10 * time.Minute // the source of prices is asked
 )
 
