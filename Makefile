@@ -7,6 +7,7 @@
 #   make repro   two builds in different conditions, compared bit for bit
 #   make contract the contracts' code, from their source
 #   make bench   the figures of docs/performance.md
+#   make market-sim  the market simulated: pictures and tables of docs/market.md
 #   make soak    what takes hours: load and attacks, faults at every call, defences
 #                taken out, long fuzzing
 #   make gpu-smoke  the GPU helper's read-only calls on this machine's own GPUs
@@ -19,7 +20,7 @@ mirrors = $(foreach m,$(MIRROR),--mirror $(m))
 
 chrysalis = bin/chrysalis
 
-.PHONY: demo test test-images soak image release repro contract bench gpu-smoke lint clean deps test-deps
+.PHONY: demo test test-images soak image release repro contract bench market-sim gpu-smoke lint clean deps test-deps
 
 deps:
 	@ci/install-deps build
@@ -67,6 +68,9 @@ repro: deps
 bench: image
 	@$(chrysalis) image build --profile bench --image-only $(mirrors) >/dev/null
 	@go run ./ci/bench
+
+market-sim: deps
+	@go run ./ci/market
 
 gpu-smoke: test-deps
 	@ci/gpu-smoke

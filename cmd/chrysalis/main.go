@@ -38,6 +38,7 @@ type cli struct {
 	Publish  PublishCmd       `cmd:"" help:"Predict what VMs measure and publish that to the wallet's registry."`
 	Registry registryCommands `cmd:"" help:"Publish on TON what may be measured, and read it without trusting anyone."`
 	Listing  listingCommands  `cmd:"" help:"Offer workers, and find them."`
+	Market   MarketCmd        `cmd:"" help:"Show what workers cost, and whether they are what they say."`
 	Wallet   walletCommands   `cmd:"" help:"Hold the money to pay with."`
 	Channel  channelCommands  `cmd:"" help:"Deposit money to pay owners from, and take back what is left."`
 	Devnet   DevnetCmd        `cmd:"" help:"Run a local TON chain."`
