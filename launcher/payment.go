@@ -30,6 +30,7 @@ type Payment struct {
 	Ceilings []pay.Price
 	Step     uint64       // nanotons that a voucher adds at least; 0 is a tenth of the highest ceiling
 	Prices   []pay.Price  // to begin with; one is that of all models, none are the ceilings
+	Auto     *Auto        // nil: the prices stay until they are set
 	Network  till.Network // where channels are read, and claimed from
 	// ClaimKey is the file of a wallet's key that pays for claims, of version ClaimWallet;
 	// when it is empty the fees come out of what is claimed.
@@ -42,6 +43,8 @@ type paid struct {
 	Models      []string     `json:"models"` // NAME@REVISION
 	Ceilings    []pay.Price  `json:"ceilings"`
 	Prices      []pay.Price  `json:"prices"`
+	Auto        *Auto        `json:"auto,omitempty"`
+	Concurrency int          `json:"concurrency"`
 	Network     till.Network `json:"network"`
 	ClaimKey    string       `json:"claim_key,omitempty"`
 	ClaimWallet string       `json:"claim_wallet,omitempty"`
@@ -91,7 +94,7 @@ func (p *Payment) plan(m *manifest.Manifest) (*paid, error) {
 		return nil, fmt.Errorf("payments are on the network %d, and channels would be read on %d", p.GlobalID, p.Network.Network.GlobalID)
 	}
 	c := &paid{
-		Terms: p.Terms, Ceilings: m.Payment.Ceilings, Prices: m.Payment.Ceilings,
+		Terms: p.Terms, Ceilings: m.Payment.Ceilings, Prices: m.Payment.Ceilings, Concurrency: m.Limits.Concurrency,
 		Network: p.Network, ClaimWallet: p.ClaimWallet,
 	}
 	for _, model := range m.Models {
@@ -111,6 +114,12 @@ func (p *Payment) plan(m *manifest.Manifest) (*paid, error) {
 	}
 	if p.MinDeposit <= uint64(m.Payment.Step) {
 		return nil, fmt.Errorf("the least deposit is %s, and a voucher step %s; demand more, or take smaller steps", registry.TON(p.MinDeposit), registry.TON(uint64(m.Payment.Step)))
+	}
+	if p.Auto != nil {
+		var err error
+		if c.Auto, err = p.Auto.plan(c.Ceilings); err != nil {
+			return nil, err
+		}
 	}
 	if p.ClaimKey != "" {
 		var err error
@@ -182,6 +191,13 @@ func (s *supervisor) startTill(dialer Dialer) error {
 		Dir: s.store.till(s.cfg.Name, c.Terms.GlobalID), Holders: filepath.Join(s.store.dir, "channels"),
 		VM: controlPort{dialer}, Chain: chain, Log: s.log.Printf,
 	}
+	use := &usage{}
+	if c.Auto != nil {
+		o.Source, o.Every = c.follow(use, chain), followEvery
+		if c.Auto.OfferKey != "" {
+			o.Every = followListEvery
+		}
+	}
 	t, err := till.New(o)
 	if err != nil {
 		return err
@@ -201,7 +217,21 @@ func (s *supervisor) startTill(dialer Dialer) error {
 	s.mu.Lock()
 	s.till, s.chain = t, chain
 	s.mu.Unlock()
-	go t.Run(context.Background())
+	go func() {
+		ctx, cancel := context.WithCancel(context.Background())
+		defer cancel()
+		if c.Auto != nil {
+			go use.watch(ctx, func() (int64, bool) {
+				s.mu.Lock()
+				defer s.mu.Unlock()
+				if s.state.Guest == nil {
+					return 0, false
+				}
+				return s.state.Guest.Counters.Active, true
+			})
+		}
+		t.Run(ctx)
+	}()
 	return nil
 }
 

@@ -85,6 +85,9 @@ func TestPaymentRefusals(t *testing.T) {
 		{"a step above the deposit", func(p *Payment) { p.Step = 100_000_000 }, "least deposit"},
 		{"a deposit too small", func(p *Payment) { p.MinDeposit = 1000 }, "least deposit"},
 		{"a delay too long", func(p *Payment) { p.MinDelay = 1000 * time.Hour }, "least delay"},
+		{"a floor above the ceiling", func(p *Payment) { p.Auto = &Auto{Floors: []pay.Price{{Prompt: 1001}}} }, "floor"},
+		{"a floor of nothing", func(p *Payment) { p.Auto = &Auto{Floors: []pay.Price{{}}} }, "for free"},
+		{"floors of other models", func(p *Payment) { p.Auto = &Auto{Floors: make([]pay.Price, 3)} }, "3 floors for 2 models"},
 		{"another network", func(p *Payment) { p.Network.Network.GlobalID = -239 }, "would be read on -239"},
 		{"no liteserver", func(p *Payment) { p.Network.Network.Liteservers = nil }, "liteserver"},
 		{"a key that is none", func(p *Payment) { p.ClaimKey = key }, "key"},
@@ -267,5 +270,70 @@ func TestPaidSupervisor(t *testing.T) {
 	}
 	if err := Settle(t.Context(), st.dir, "paid", Payment{Terms: till.Terms{GlobalID: -239}}, t.Logf); err == nil {
 		t.Error("settled on a network where nothing was earned")
+	}
+}
+
+// TestFollower moves prices by how much of a VM is in use, between floor and ceiling,
+// and puts the offer again: first where a price rises, and afterwards where it falls.
+func TestFollower(t *testing.T) {
+	u := &usage{}
+	c := &paid{
+		Models: []string{"acme/model@1", "acme/free@1"}, Ceilings: []pay.Price{{Prompt: 1000, Completion: 1000}, {}}, Concurrency: 4,
+		Auto: &Auto{Floors: []pay.Price{{Prompt: 100, Completion: 100}, {}}},
+	}
+	f := c.follow(u, nil)
+	var listed []pay.Price
+	var failed error
+	f.relist = func(_ context.Context, prices []pay.Price) error {
+		if failed == nil {
+			listed = prices
+		}
+		return failed
+	}
+	now := []pay.Price{{Prompt: 500, Completion: 500}, {}}
+	step := func(active int64) []pay.Price {
+		t.Helper()
+		if active >= 0 {
+			u.add(active)
+		}
+		next, err := f.Prices(t.Context(), now)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return next
+	}
+	if next := step(-1); next[0] != now[0] || listed != nil {
+		t.Errorf("nothing is known, and the price is %v", next)
+	}
+	if next := step(4); next[0].Prompt <= now[0].Prompt || next[1] != (pay.Price{}) || listed[0] != next[0] {
+		t.Errorf("full, and the price is %v, listed %v", next, listed)
+	}
+	listed = nil
+	next := step(0)
+	if next[0].Prompt >= now[0].Prompt || listed != nil {
+		t.Errorf("idle, and the price is %v, listed %v", next, listed)
+	}
+	if err := f.Changed(t.Context(), next); err != nil || listed[0] != next[0] {
+		t.Errorf("%v, listed %v", err, listed)
+	}
+	for now = next; ; now = next {
+		if next = step(0); next[0] == now[0] {
+			break
+		}
+	}
+	if now[0] != c.Auto.Floors[0] {
+		t.Errorf("it falls to %v", now)
+	}
+	// An offer that cannot be put: prices do not rise.
+	failed = errors.New("no network")
+	u.add(4)
+	if next, err := f.Prices(t.Context(), now); err == nil {
+		t.Errorf("%v", next)
+	}
+	if err := f.Changed(t.Context(), now); err == nil || !f.unlisted {
+		t.Error("not known to be unlisted")
+	}
+	if u.take(4); u.take(4) != -1 {
+		t.Error("use is known of no time")
 	}
 }

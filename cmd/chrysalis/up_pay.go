@@ -19,6 +19,9 @@ import (
 type payFlags struct {
 	PromptCeiling     *tonPrice     `placeholder:"TON" help:"The most that a million tokens of prompts can ever cost while the VM runs, which clients see (default: the price)."`
 	CompletionCeiling *tonPrice     `placeholder:"TON" help:"The same of completions (default: the price)."`
+	Price             string        `enum:"fixed,auto" default:"fixed" help:"Leave prices as they are, or have them follow the use of the VM: fixed or auto (default: ${default})."`
+	PromptFloor       *tonPrice     `placeholder:"TON" help:"With --price=auto, the least for a million tokens of prompts (default: a tenth of the ceiling)."`
+	CompletionFloor   *tonPrice     `placeholder:"TON" help:"The same of completions (default: a tenth of the ceiling)."`
 	VoucherStep       *tonPrice     `placeholder:"TON" help:"What a client pays at a time, which is also what either side can lose (default: a tenth of the highest ceiling)."`
 	MinDeposit        tonPrice      `default:"0.1" placeholder:"TON" help:"What a client's channel must be opened with at least (default: ${default})."`
 	MinDelay          time.Duration `default:"24h" help:"How long you must have to claim when a client closes its channel; be never away for longer (default: ${default})."`
@@ -36,10 +39,13 @@ func (f *payFlags) paid(o *upOffer) bool {
 }
 
 func (f *payFlags) validate(o *upOffer) error {
+	if f.Price == "fixed" && (f.PromptFloor != nil || f.CompletionFloor != nil) {
+		return errors.New("floors are given without --price=auto")
+	}
 	if f.paid(o) {
 		return nil
 	}
-	if f.VoucherStep != nil || f.ClaimKey != "" {
+	if f.VoucherStep != nil || f.ClaimKey != "" || f.Price != "fixed" {
 		return errors.New("flags of payments are given without prices; say what is paid with --prompt-price and --completion-price")
 	}
 	return nil
@@ -55,14 +61,16 @@ func orZero(p *tonPrice) int64 {
 // payment is who is paid for what the VM will serve, or nil.
 func (c *UpCmd) payment() (*launcher.Payment, error) {
 	o, f := &c.Offer, &c.Pay
-	fromFile := false
+	var file *manifest.Manifest
 	if c.Manifest != "" {
 		if data, err := os.ReadFile(c.Manifest); err == nil {
-			m, err := manifest.Parse(data)
-			fromFile = err == nil && m.Payment != nil // what is wrong with it is said later
+			// What is wrong with it is said later.
+			if m, err := manifest.Parse(data); err == nil && m.Payment != nil {
+				file = m
+			}
 		}
 	}
-	if !f.paid(o) && !fromFile {
+	if !f.paid(o) && file == nil {
 		return nil, nil
 	}
 	payee, err := o.payee()
@@ -81,28 +89,64 @@ func (c *UpCmd) payment() (*launcher.Payment, error) {
 	if f.VoucherStep != nil && *f.VoucherStep == 0 {
 		return nil, errors.New("--voucher-step: a nanoton at least")
 	}
-	price := pay.Price{Prompt: orZero(o.PromptPrice), Completion: orZero(o.CompletionPrice)}
-	if o.PromptPrice != nil || o.CompletionPrice != nil {
-		p.Prices = []pay.Price{price}
-	}
-	if fromFile {
+	if file != nil {
 		if f.PromptCeiling != nil || f.CompletionCeiling != nil {
 			return nil, errors.New("the manifest file already holds the ceilings")
 		}
+		for _, ceiling := range file.Payment.Ceilings {
+			p.Prices = append(p.Prices, o.price(ceiling))
+		}
+		p.Auto = f.auto(c, file.Payment.Ceilings)
 		return p, nil
 	}
-	ceiling := price
+	ceiling := o.price(pay.Price{})
 	if f.PromptCeiling != nil {
 		ceiling.Prompt = int64(*f.PromptCeiling)
 	}
 	if f.CompletionCeiling != nil {
 		ceiling.Completion = int64(*f.CompletionCeiling)
 	}
-	p.Ceilings = []pay.Price{ceiling}
+	price := o.price(ceiling)
+	p.Ceilings, p.Prices = []pay.Price{ceiling}, []pay.Price{price}
 	if err := errors.Join(ceiling.Validate(), price.Under(ceiling)); err != nil {
 		return nil, err
 	}
+	p.Auto = f.auto(c, p.Ceilings)
 	return p, nil
+}
+
+// auto is by what prices follow the use of the VM, or nil.
+func (f *payFlags) auto(c *UpCmd, ceilings []pay.Price) *launcher.Auto {
+	if f.Price != "auto" {
+		return nil
+	}
+	a := &launcher.Auto{}
+	for _, ceiling := range ceilings {
+		floor := pay.Price{Prompt: ceiling.Prompt / 10, Completion: ceiling.Completion / 10}
+		if f.PromptFloor != nil {
+			floor.Prompt = int64(*f.PromptFloor)
+		}
+		if f.CompletionFloor != nil {
+			floor.Completion = int64(*f.CompletionFloor)
+		}
+		a.Floors = append(a.Floors, floor)
+	}
+	if c.List {
+		a.OfferKey, a.OfferWallet = c.Offer.KeyFile, c.Offer.Wallet
+	}
+	return a
+}
+
+// price is what the flags say, and otherwise as much as it can be.
+func (o *upOffer) price(ceiling pay.Price) pay.Price {
+	p := ceiling
+	if o.PromptPrice != nil {
+		p.Prompt = int64(*o.PromptPrice)
+	}
+	if o.CompletionPrice != nil {
+		p.Completion = int64(*o.CompletionPrice)
+	}
+	return p
 }
 
 // payee is who is paid: who the flags name, or else the wallet.

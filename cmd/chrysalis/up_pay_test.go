@@ -65,7 +65,13 @@ func TestUpPay(t *testing.T) {
 	}
 	private, _ := registry.LoadKey(key)
 	wallet, _ := registry.NewWallet(private, "v5r1", chain.GlobalID())
-	if p, err = parsed.Up.payment(); err != nil || p.Payee != wallet.Address || p.Prices != nil {
+	if p, err = parsed.Up.payment(); err != nil || p.Payee != wallet.Address || p.Prices[0] != (pay.Price{Prompt: 1e9}) || p.Prices[0] != p.Ceilings[0] {
+		t.Errorf("%+v, %v", p, err)
+	}
+	if parsed, err = parse(t, "up", "--completion-ceiling", "1", "--prompt-price=0", "--price=auto", "--completion-floor=0.2", "--payout", payout); err != nil {
+		t.Fatal(err)
+	}
+	if p, err = parsed.Up.payment(); err != nil || p.Auto == nil || p.Auto.Floors[0] != (pay.Price{Completion: 200_000_000}) || p.Auto.OfferKey != "" || p.Prices[0] != (pay.Price{Completion: 1e9}) {
 		t.Errorf("%+v, %v", p, err)
 	}
 	for _, args := range [][]string{{"up"}, {"up", "--prompt-price", "0", "--payout", payout}} {
@@ -94,6 +100,7 @@ func TestUpPay(t *testing.T) {
 	}
 	for want, args := range map[string][]string{
 		"without prices":    {"up", "--voucher-step", "1"},
+		"--price=auto":      {"up", "--prompt-price", "1", "--prompt-floor", "1"},
 		"TON in decimal":    {"up", "--prompt-price", "1e3"},
 		"CSV":               {"earnings", "--csv", "--json"},
 		"flags of payments": {"up", "--claim-key", "k"},

@@ -72,6 +72,8 @@ type Chain interface {
 // prices, in the order of the VM's models. What is above a ceiling is cut to it.
 type PriceSource interface {
 	Prices(ctx context.Context, current []pay.Price) ([]pay.Price, error)
+	// Changed is called when the VM has taken other prices.
+	Changed(ctx context.Context, prices []pay.Price) error
 }
 
 // Terms are what an owner demands of those who pay.
@@ -85,12 +87,12 @@ type Terms struct {
 // Options of a till.
 type Options struct {
 	Terms
-	Name     string      // the VM's
-	Models   []string    // NAME@REVISION, in the order of its manifest
-	Ceilings []pay.Price // in the same order
-	Prices   []pay.Price // to begin with
-	Source   PriceSource // nil: they stay until SetPrices
-	Every    time.Duration
+	Name     string        // the VM's
+	Models   []string      // NAME@REVISION, in the order of its manifest
+	Ceilings []pay.Price   // in the same order
+	Prices   []pay.Price   // to begin with
+	Source   PriceSource   // nil: they stay until SetPrices
+	Every    time.Duration // how often the source is asked; 0 is ten minutes
 	Policy   store.Policy
 
 	Dir     string // the store's folder
@@ -457,7 +459,7 @@ func (t *Till) pricing(ctx context.Context) {
 		if !due {
 			continue
 		}
-		asking, cancel := context.WithTimeout(ctx, time.Minute)
+		asking, cancel := context.WithTimeout(ctx, 2*time.Minute)
 		next, err := t.o.Source.Prices(asking, slices.Clone(prices))
 		cancel()
 		if err == nil && len(next) != len(prices) {
@@ -478,6 +480,11 @@ func (t *Till) pricing(ctx context.Context) {
 			continue
 		}
 		t.o.Log("prices are now %v", next)
+		changed, cancel := context.WithTimeout(ctx, 2*time.Minute)
+		if err := t.o.Source.Changed(changed, next); err != nil {
+			t.o.Log("the prices have changed: %v", err)
+		}
+		cancel()
 	}
 }
 

@@ -1105,7 +1105,12 @@ func TestOptions(t *testing.T) {
 }
 
 // source is a rule that halves the price each time, and one that asks too much.
-type source struct{ calls atomic.Int64 }
+type source struct{ calls, changes atomic.Int64 }
+
+func (s *source) Changed(context.Context, []pay.Price) error {
+	s.changes.Add(1)
+	return errors.New("which is not heard")
+}
 
 func (s *source) Prices(_ context.Context, current []pay.Price) ([]pay.Price, error) {
 	switch s.calls.Add(1) {
@@ -1139,6 +1144,7 @@ func TestPriceSource(t *testing.T) {
 	}
 	ahead.Add(int64(defaultEvery))
 	eventually(t, "the price is the ceiling", func() bool { return till.Prices()[0] == price && v.book.Prices().Models[model] == price })
+	eventually(t, "the source is told", func() bool { return rule.changes.Load() == 2 })
 	// A VM that does not answer keeps its prices, and says so.
 	v.mu.Lock()
 	v.deaf = true

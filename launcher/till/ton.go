@@ -116,6 +116,15 @@ func each(count, workers int, do func(int)) {
 	wait.Wait()
 }
 
+// Do does something else with the network.
+func (n *TON) Do(do func(*lite.Client) error) error {
+	client, err := n.connected()
+	if err != nil {
+		return err
+	}
+	return do(client)
+}
+
 // Read implements Chain.
 func (n *TON) Read(ctx context.Context, ids []voucher.Channel) ([]Reading, error) {
 	client, err := n.connected()
