@@ -46,9 +46,9 @@ type UpCmd struct {
 	Tools         string           `hidden:"" env:"CHRYSALIS_TOOLS" placeholder:"DIR" help:"The tools root."`
 	JSON          bool             `name:"json" help:"Print one JSON document a line: the steps, then the result."`
 
-	List  bool     `help:"Offer the VM to everyone on TON once it is ready; refused before anything is booted when no publisher has the records of what would be."`
-	Offer upOffer  `embed:"" group:"With --list, as 'chrysalis listing put' takes them; prices, payout and network also without:"`
-	Pay   payFlags `embed:"" group:"With prices, to be paid by clients:"`
+	List  bool       `help:"Offer the VM to everyone on TON once it is ready; refused before anything is booted when no publisher has the records of what would be."`
+	Offer upOffer    `embed:"" group:"With --list, as 'chrysalis listing put' takes them; prices, payout and network also without:"`
+	Pay   priceFlags `embed:"" group:"With prices, to be paid by clients:"`
 }
 
 // TokenFlags say which clients a VM lets in.

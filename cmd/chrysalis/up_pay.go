@@ -14,9 +14,9 @@ import (
 	"chrysalis/registry/lite"
 )
 
-// payFlags say on which terms a VM is paid. Its prices and who is paid are those of an
+// priceFlags say on which terms a VM is paid. Its prices and who is paid are those of an
 // offer.
-type payFlags struct {
+type priceFlags struct {
 	PromptCeiling     *tonPrice     `placeholder:"TON" help:"The most that a million tokens of prompts can ever cost while the VM runs, which clients see (default: the price)."`
 	CompletionCeiling *tonPrice     `placeholder:"TON" help:"The same of completions (default: the price)."`
 	Price             string        `enum:"fixed,auto" default:"fixed" help:"Leave prices as they are, or have them follow the use of the VM: fixed or auto (default: ${default})."`
@@ -29,7 +29,7 @@ type payFlags struct {
 }
 
 // paid reports whether clients pay by these flags.
-func (f *payFlags) paid(o *upOffer) bool {
+func (f *priceFlags) paid(o *upOffer) bool {
 	for _, p := range []*tonPrice{o.PromptPrice, o.CompletionPrice, f.PromptCeiling, f.CompletionCeiling} {
 		if p != nil && *p > 0 {
 			return true
@@ -38,7 +38,7 @@ func (f *payFlags) paid(o *upOffer) bool {
 	return false
 }
 
-func (f *payFlags) validate(o *upOffer) error {
+func (f *priceFlags) validate(o *upOffer) error {
 	if f.Price == "fixed" && (f.PromptFloor != nil || f.CompletionFloor != nil) {
 		return errors.New("floors are given without --price=auto")
 	}
@@ -116,7 +116,7 @@ func (c *UpCmd) payment() (*launcher.Payment, error) {
 }
 
 // auto is by what prices follow the use of the VM, or nil.
-func (f *payFlags) auto(c *UpCmd, ceilings []pay.Price) *launcher.Auto {
+func (f *priceFlags) auto(c *UpCmd, ceilings []pay.Price) *launcher.Auto {
 	if f.Price != "auto" {
 		return nil
 	}
