@@ -79,6 +79,7 @@ func (t *Till) readOnce(ctx context.Context) bool {
 	if s == nil || ctx.Err() != nil || !t.told() {
 		return false
 	}
+	began := t.o.Now() // what is read is as of then, or newer
 	list, asked := t.due(s)
 	if len(list) == 0 {
 		return false
@@ -89,13 +90,12 @@ func (t *Till) readOnce(ctx context.Context) bool {
 	if ctx.Err() != nil {
 		return false
 	}
-	now := t.o.Now()
 	t.mu.Lock()
 	if err != nil {
 		// What is wanted stays so, as far as the VM still says it.
 		t.note(&t.chainErr, fmt.Errorf("channels cannot be read, so that none is served on anew: %w", err))
 		wait := min(t.o.Tick<<min(t.chainBad, 10), maxBackoff)
-		t.chainTry = now.Add(wait)
+		t.chainTry = t.o.Now().Add(wait)
 		t.chainBad++
 		t.mu.Unlock()
 		return false
@@ -104,7 +104,7 @@ func (t *Till) readOnce(ctx context.Context) bool {
 	t.chainBad = 0
 	t.mu.Unlock()
 	for i, r := range readings {
-		t.take(ctx, s, list[i], r, asked[list[i]], now)
+		t.take(ctx, s, list[i], r, asked[list[i]], began)
 	}
 	return len(list) == readAtOnce
 }
