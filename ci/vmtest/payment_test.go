@@ -7,7 +7,6 @@ import (
 	"crypto/tls"
 	"encoding/hex"
 	"encoding/json"
-	"fmt"
 	"io"
 	"math/big"
 	"net/http"
@@ -488,5 +487,5 @@ func TestPaidEndToEnd(t *testing.T) {
 	if sum.Fees != claims {
 		t.Errorf("the earnings list fees of %d, the chain %d", sum.Fees, claims)
 	}
-	t.Log(fmt.Sprintf("claimed %d; fees: client %d, claims %d, owner's account %d", claimed, clientFees, claims, ownerFees))
+	t.Logf("claimed %d; fees: client %d, claims %d, owner's account %d", claimed, clientFees, claims, ownerFees)
 }

@@ -190,6 +190,7 @@ func (t *Till) take(ctx context.Context, s *store.Store, id voucher.Channel, r R
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	_, again := t.refused[id]
 	if asked {
 		t.refusals++
 		if len(t.refused) >= maxRefusals {
@@ -197,7 +198,7 @@ func (t *Till) take(ctx context.Context, s *store.Store, id voucher.Channel, r R
 		}
 		t.refused[id] = now.Add(patience(err))
 	}
-	if t.lines.take(now) { // anybody can cause this line
+	if !again && t.lines.take(now) { // anybody can cause this line
 		t.o.Log("the channel %v is not served on: %v", id, err)
 	}
 }

@@ -561,9 +561,7 @@ func TestBadChannels(t *testing.T) {
 			if _, ok := v.session(n, tt.id, 300*time.Millisecond); ok {
 				t.Error("it is served on")
 			}
-			if !l.has(tt.id.String(), tt.want) {
-				t.Errorf("it is not said to be so: %s", tt.want)
-			}
+			eventually(t, "it is said: "+tt.want, func() bool { return l.has(tt.id.String(), tt.want) })
 		})
 	}
 	for _, a := range accounts {
