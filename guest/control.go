@@ -10,8 +10,7 @@ const MaxControlMessage = 4 << 10
 type ControlOp string
 
 // The operations. None of them can change what a client has verified: the prices
-// stay below the ceilings of the manifest, and what the host says about channels can
-// cost nobody money but the owner.
+// stay below the ceilings of the manifest.
 const (
 	OpDrain   ControlOp = "drain"   // admit no new request; reply at once
 	OpStop    ControlOp = "stop"    // end the VM with ReasonStopped; reply first

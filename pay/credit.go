@@ -26,8 +26,8 @@ var (
 const maxSpans = 8
 
 // An Admission is a channel that the launcher has checked with proofs. The launcher
-// is the owner's: whatever it says here, it can only cost the owner money, or the
-// owner's good name.
+// is the owner's. What it says here can cost the owner money; a client it can cost
+// what that has paid ahead, by saying that more was used, which the client sees.
 type Admission struct {
 	Channel voucher.Channel
 	Key     voucher.Key
@@ -99,8 +99,9 @@ func NewBook(globalID int32, spki [32]byte, ceilings Tariff, channels int) (*Boo
 }
 
 // Changed returns a channel that is closed as soon as a channel has been admitted or
-// dropped, or vouchers have begun to cover. Who waits for that asks for the channel
-// first, and then looks whether it need wait.
+// dropped, vouchers have begun to cover, or a request has ended, which may leave more
+// for others. Who waits for that asks for the channel first, and then looks whether it
+// need wait.
 func (b *Book) Changed() <-chan struct{} {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -360,17 +361,26 @@ func (b *Book) Start(s Session, model string, requestBytes, asked int64) (*Reque
 // MaxAsked is the largest number of tokens that a request can ask for.
 const MaxAsked = 1<<31 - 1
 
+// DefaultAnswer is how many tokens an answer that is paid for and sent as a whole can
+// have where the client set no limit. Without it the first such request would hold all
+// that is covered.
+const DefaultAnswer = 4096
+
 // StartWhole is Start for a request whose answer is sent as a whole. Since all of it
 // is made before any of it can be paid for, it must be covered but for one step when
 // it starts: most is how many tokens are, of those that were asked for (0 where the
-// client set no limit), and the engine must not make more. MaxAsked means any number.
+// client set no limit, which asks for DefaultAnswer), and the engine must not make
+// more. MaxAsked means any number.
 func (b *Book) StartWhole(s Session, model string, requestBytes, asked int64) (r *Request, most int64, err error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if r, err = b.begin(s, model, Bounds{RequestBytes: requestBytes}); err != nil {
 		return nil, 0, err
 	}
-	if asked <= 0 || asked > MaxAsked {
+	switch {
+	case asked <= 0 && r.price.Completion > 0:
+		asked = DefaultAnswer
+	case asked <= 0 || asked > MaxAsked:
 		asked = MaxAsked
 	}
 	r.whole = true
@@ -482,6 +492,7 @@ func (r *Request) End(usage *Usage, whole bool) Charge {
 		r.ended = true
 		r.a.running--
 		r.a.held -= r.hold
+		r.book.change()
 		c.Prompt, c.Completion = r.bounds.Tokens(usage, whole)
 		if !whole {
 			p, n := r.sent.Tokens(nil, false)

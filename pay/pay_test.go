@@ -287,8 +287,10 @@ func TestCredit(t *testing.T) {
 	if err := b.Pay(pay(10 * step)); !errors.Is(err, ErrClosing) {
 		t.Errorf("pay into it: %v", err)
 	}
-	if !b.Drop(channel) || !b.Drop(channel) {
-		t.Error("not dropped")
+	for range 2 {
+		if !b.Drop(channel) {
+			t.Error("not dropped")
+		}
 	}
 	if _, ok := b.Credit(s); ok {
 		t.Error("dropped, and known")
@@ -411,13 +413,19 @@ func TestStartWhole(t *testing.T) {
 	const bytes = 1000
 	prompt := int64(bytes + TemplateTokens)
 	most := (2*step - prompt) / 3
-	for _, tt := range []struct{ asked, want int64 }{{0, most}, {most + 1, most}, {most, most}, {most - 1, most - 1}, {1, 1}, {math.MaxInt64, most}, {-5, most}} {
+	for _, tt := range []struct{ asked, want int64 }{{0, DefaultAnswer}, {most + 1, most}, {most, most}, {most - 1, most - 1}, {1, 1}, {math.MaxInt64, most}, {-5, DefaultAnswer}} {
 		r, got, err := b.StartWhole(s, model, bytes, tt.asked)
 		must(t, err)
 		if got != tt.want {
 			t.Errorf("asked for %d: %d, not %d", tt.asked, got, tt.want)
 		}
 		if tt.asked == 0 {
+			again, _, err := b.StartWhole(s, model, bytes, 0)
+			must(t, err) // it leaves something for others
+			again.End(nil, true)
+		}
+		if tt.asked == math.MaxInt64 {
+			changed := b.Changed()
 			// What the one holds, another cannot have.
 			if _, _, err := b.StartWhole(s, model, bytes, 0); !errors.Is(err, ErrNoCover) {
 				t.Errorf("held twice: %v", err)
@@ -428,10 +436,15 @@ func TestStartWhole(t *testing.T) {
 			if c := r.End(&Usage{0, most + 1}, true); c.Amount != 0 {
 				t.Errorf("more than the engine was told to make: %+v", c)
 			}
+			select {
+			case <-changed:
+			default:
+				t.Error("nobody is told that there is cover again")
+			}
 		}
 		r.End(nil, true)
 	}
-	r, got, err := b.StartWhole(s, model, bytes, 0)
+	r, got, err := b.StartWhole(s, model, bytes, MaxAsked)
 	must(t, err)
 	r.Send(1 << 20)
 	if c := r.End(&Usage{prompt, got}, true); c.Amount != price.Cost(prompt, most) || c.Credit.Used > 2*step {

@@ -12,6 +12,8 @@
 //   - All that a client can make the agent hold is bounded: connections, headers,
 //     bodies and the memory for all of them together, time, places in the engine.
 //   - Nothing of a prompt, an answer or a key is logged or counted.
+//   - What has a price is served as far as it is covered (package pay; till.go is the
+//     owner's side, payment.go the clients').
 //
 // It speaks HTTP/1.1 only. HTTP/2 is left out on purpose: its multiplexing,
 // header compression and flow control are a large part of what has gone wrong in
@@ -216,7 +218,7 @@ func (s *Server) Serve(ln net.Listener) error {
 // does, in bytes.
 const (
 	baseHeap       = 16 << 20
-	connectionHeap = 24 << 10
+	connectionHeap = 22 << 10
 )
 
 // HeapLimit is the soft limit on the Go heap that a process with this server needs.
@@ -291,7 +293,8 @@ type exchange struct {
 	receipt   *pending
 	route     *route
 	bill      *pay.Request // nil where nothing is charged
-	session   pay.Session  // with a bill: whose
+	session   pay.Session  // who pays
+	unknown   error        // why nobody does
 }
 
 // ServeHTTP implements http.Handler.
@@ -360,7 +363,11 @@ func (s *Server) handle(x *exchange) error {
 		return err
 	}
 	conn, _ := x.r.Context().Value(connKey{}).(net.Conn)
-	if client == nil {
+	switch {
+	case client != nil:
+	case s.till != nil && x.unknown == nil:
+		client = x.session
+	default:
 		client = conn
 	}
 	// Who would be refused is told before it has sent its body.

@@ -7,3 +7,9 @@ import "time"
 func (s *Server) SetPaymentLimits(admit, durable, cover time.Duration) {
 	s.till.admitLimit, s.till.durableLimit, s.till.coverLimit = admit, durable, cover
 }
+
+// HeldMemory is how many bytes bodies and answers take of the memory set aside.
+func (s *Server) HeldMemory() int64 { return defaultMemory - s.memory.Load() }
+
+// Queued is how many requests wait for a place.
+func (s *Server) Queued() int { return s.queued() }

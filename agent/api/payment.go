@@ -68,17 +68,17 @@ func (x *exchange) terms(owner *pay.Owner, why string, session *pay.Session) ([]
 	return terms.Encode()
 }
 
-// payer refuses, before a request's body is here, who says nothing of payment where
-// nothing is free.
+// payer finds out who pays before a request's body is here: bodies that wait for a
+// channel that nobody knows would take the memory that there is for those of others.
+// Who cannot pay is refused at once where nothing is free; where something is, the
+// body says whether that was asked for.
 func (x *exchange) payer() error {
-	t := x.s.till
-	if t == nil || !t.allPriced() {
+	if x.s.till == nil {
 		return nil
 	}
-	if payer, _, err := pay.FromHeader(x.r.Header); err != nil {
-		return x.unpaid(err, nil)
-	} else if payer == nil {
-		return x.unpaid(errNoPayer, nil)
+	x.session, x.unknown = x.identify()
+	if x.unknown == errGone || x.s.till.allPriced() {
+		return x.unknown
 	}
 	return nil
 }
@@ -167,24 +167,23 @@ func (x *exchange) charge(req *request, bodyBytes int) error {
 	if t.free(id) {
 		return nil
 	}
-	session, err := x.identify()
-	if err != nil {
-		return err
+	if x.unknown != nil {
+		return x.unknown
 	}
-	x.session = session
+	var err error
 	at := req.lengthField()
 	asked := x.receipt.counts.Asked
 	if req.stream || at < 0 {
-		x.bill, err = t.book.Start(session, id, int64(bodyBytes), asked)
+		x.bill, err = t.book.Start(x.session, id, int64(bodyBytes), asked)
 	} else {
 		var most int64
-		if x.bill, most, err = t.book.StartWhole(session, id, int64(bodyBytes), asked); err == nil && most < pay.MaxAsked {
+		if x.bill, most, err = t.book.StartWhole(x.session, id, int64(bodyBytes), asked); err == nil && most < pay.MaxAsked {
 			req.limit(at, most)
 			x.receipt.counts.Asked = most
 		}
 	}
 	if err != nil {
-		return x.unpaid(err, &session)
+		return x.unpaid(err, &x.session)
 	}
 	return nil
 }

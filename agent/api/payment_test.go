@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -384,9 +385,36 @@ func TestUnpaidBeforeBody(t *testing.T) {
 	}
 	req.Header.Set("Content-Type", "application/json")
 	req.ContentLength = 1 << 20
-	if resp, body := w.do(req); resp.StatusCode != 402 {
+	if resp, body := w.do(req); resp.StatusCode != 402 || !bytes.Contains(body, []byte("open a channel")) {
 		t.Errorf("%d %s", resp.StatusCode, body)
 	}
+	// Nor do bodies wait for channels that nobody knows, even where a model is free.
+	w = start(t, nil, nil, nil)
+	r, hold = io.Pipe()
+	defer hold.Close()
+	if req, err = http.NewRequest("POST", w.URL+chat, r); err != nil {
+		t.Fatal(err)
+	}
+	p := newPayer(1)
+	req.Header.Set("Content-Type", "application/json")
+	req.Header.Set(pay.PayerHeader, w.proof(p, 0)[1])
+	req.ContentLength = 16 << 20
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		if resp, err := w.Client.Do(req); err == nil {
+			resp.Body.Close()
+		}
+	}()
+	go hold.Write(make([]byte, 1<<20))
+	eventually(t, "the channel is wanted", func() bool {
+		return len(w.control(guest.ControlRequest{Op: guest.OpCollect}).Wanted) == 1
+	})
+	if n := w.HeldMemory(); n != 0 {
+		t.Errorf("%d bytes are held", n)
+	}
+	hold.Close()
+	<-done
 }
 
 // TestFree serves for nothing what costs nothing, to anybody.
@@ -631,6 +659,9 @@ func TestCutOff(t *testing.T) {
 	}
 	eventually(t, "no place is held", func() bool { return w.Active() == 0 })
 
+	if t.Failed() {
+		return // what follows would go on until the VM's time limit
+	}
 	// Nothing has gone out before the first one: that is an answer 402.
 	w2 := start(t, smallSteps(), func(rw http.ResponseWriter, r *http.Request) {
 		io.Copy(io.Discard, r.Body)
@@ -1080,6 +1111,51 @@ func TestControlRefuses(t *testing.T) {
 	w.control(guest.ControlRequest{Op: guest.OpDrop, Channel: good.Channel})
 }
 
+// TestPayersTakeTurns has a payer with many connections wait behind itself.
+func TestPayersTakeTurns(t *testing.T) {
+	m := apitest.Manifest()
+	m.Limits.Concurrency = 2
+	order, next := make(chan string, 10), make(chan struct{})
+	w := start(t, m, func(rw http.ResponseWriter, r *http.Request) {
+		body, _ := io.ReadAll(r.Body)
+		order <- string(body[bytes.Index(body, []byte("from "))+5])
+		<-next
+		rw.Header().Set("Content-Type", "application/json")
+		io.WriteString(rw, `{"choices":[{"message":{"content":"Hello"}}],"usage":{"prompt_tokens":9,"completion_tokens":2}}`)
+	}, nil)
+	a, b := newPayer(1), newPayer(2)
+	w.open(a.admission(100*step), b.admission(100*step))
+	w.pays(a, 50*step)
+	w.pays(b, 50*step)
+	var wait sync.WaitGroup
+	send := func(p payer, name string, waiting int) {
+		wait.Add(1)
+		go func() {
+			defer wait.Done()
+			body := strings.Replace(ask, "a secret", "from "+name, 1)
+			if resp, got := w.do(w.request("POST", chat, body, w.proof(p, 0)...)); resp.StatusCode != 200 {
+				t.Errorf("%d %s", resp.StatusCode, got)
+			}
+		}()
+		eventually(t, name+" waits", func() bool { return w.Active() == 2 && w.Queued() == waiting || waiting < 0 })
+	}
+	send(a, "a", -1)
+	send(a, "a", 0)
+	send(a, "a", 1)
+	send(b, "b", 2)
+	got := <-order + <-order
+	next <- struct{}{}
+	got += <-order
+	next <- struct{}{}
+	got += <-order
+	if got != "aaba" {
+		t.Errorf("served %s", got)
+	}
+	next <- struct{}{}
+	next <- struct{}{}
+	wait.Wait()
+}
+
 // TestBatches tells of many channels in messages of at most 4 KiB, each once.
 func TestBatches(t *testing.T) {
 	w := start(t, nil, nil, nil)
@@ -1157,6 +1233,13 @@ func TestChannelMemory(t *testing.T) {
 	w := start(t, nil, nil, nil)
 	a := newPayer(1).admission(10 * step)
 	most := 16 << 10
+	heap := func() int64 {
+		var m runtime.MemStats
+		runtime.GC()
+		runtime.ReadMemStats(&m)
+		return int64(m.HeapAlloc)
+	}
+	before := heap()
 	for i := range most + 1 {
 		channel := voucher.Channel{0: 1, 1: byte(i >> 16), 2: byte(i >> 8), 3: byte(i)}
 		a.Channel = channel.String()
@@ -1164,6 +1247,11 @@ func TestChannelMemory(t *testing.T) {
 		if reply.OK != (i < most) {
 			t.Fatalf("%d: %+v", i, reply)
 		}
+	}
+	if took := heap() - before; took > 12<<20 {
+		t.Errorf("%d bytes for %d channels", took, most)
+	} else {
+		t.Logf("%d bytes for each channel", took/int64(most))
 	}
 }
 

@@ -16,9 +16,9 @@ const queueLimit = 5 * time.Second
 // the one that was given one longest ago, so that who sends many requests at once
 // waits behind itself, not before everybody else.
 //
-// A client is a token's holder where the manifest names tokens. Where it does not,
-// all that is known of a client is its connection, and many connections get as many
-// turns: every address outside of the VM is the host's word.
+// A client is a token's holder where the manifest names tokens, and else who pays with
+// a channel. Of others all that is known is their connection, and many connections get
+// as many turns: every address outside of the VM is the host's word.
 type places struct {
 	mu      sync.Mutex
 	size    int // places

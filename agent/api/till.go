@@ -22,7 +22,7 @@ import (
 const maxChannels = 16 << 10
 
 // tillHeap is what as many need, in bytes.
-const tillHeap = 8 << 20
+const tillHeap = 16 << 20
 
 // till is what a server that is paid has besides: the book, who is paid, and the
 // channels that are wanted. Its decisions are those of package pay; here is what

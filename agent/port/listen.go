@@ -2,8 +2,8 @@
 // its host talks to: the read-only status port and the control port.
 //
 // Both face the untrusted host. They give out enumerated values and coarse
-// counters, plus the engine's own output until the first client connects; they
-// take in two words. Nothing that a peer does or leaves undone here can hold up
+// counters, what the owner is paid, and the engine's own output until the first
+// client connects; they take in the few operations of package guest. Nothing that a peer does or leaves undone here can hold up
 // the agent: every buffer is bounded, every write has a deadline, and no lock is
 // held while a byte moves.
 package port

@@ -76,6 +76,12 @@ var mutants = []mutant{
 		"if sum = hex.EncodeToString(h.Sum(nil)); sum == d.p.SHA256 {", "if sum = hex.EncodeToString(h.Sum(nil)); sum != \"\" {", "image", "TestFetch"},
 	{"a GPU in devtools mode is refused", "attest/nvidia/verify.go",
 		"if g.State.DevTools {", "if g.State.DevTools && false {", "attest/nvidia", "TestRefusals"},
+	{"a voucher covers only when it is durable", "pay/credit.go",
+		"\ta.next = v\n", "\ta.next, a.cover = v, v.Total\n", "agent/api", "TestDurableFirst"},
+	{"what is not covered is not sent", "agent/api/padding.go",
+		"if x.bill != nil && !x.bill.Send(e.Text) {", "if x.bill != nil && !x.bill.Send(e.Text) && false {", "agent/api", "TestCutOff"},
+	{"who pays proves to have the channel's key", "pay/credit.go",
+		"if err := p.Verify(key, b.spki); err != nil {\n\t\treturn Session{}, err", "if err := p.Verify(key, b.spki); err != nil && false {\n\t\treturn Session{}, err", "agent/api", "TestUnpaid$"},
 	{"a head that is too old is refused", "registry/lite/client.go",
 		"return fmt.Errorf(\"%w: its last block %d is %v old, at most %v is allowed\", ErrStale,", "_ = fmt.Errorf(\"%w: its last block %d is %v old, at most %v is allowed\", ErrStale,", "registry/lite", "TestClock|TestLies|TestBackwards"},
 }

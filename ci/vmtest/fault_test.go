@@ -43,8 +43,14 @@ type handVM struct {
 // with folders that QEMU sees beside its own.
 func bootByHand(t *testing.T, image string, change func([]string) []string, folders ...toolsroot.Bind) *handVM {
 	t.Helper()
+	return bootManifest(t, image, nil, change, folders...)
+}
+
+// bootManifest is bootByHand with a change to the manifest's text.
+func bootManifest(t *testing.T, image string, edit func([]byte) []byte, change func([]string) []string, folders ...toolsroot.Bind) *handVM {
+	t.Helper()
 	engine := packEngine(t, "hostile", nil)
-	manifest, err := os.ReadFile(writeManifest(t, engine, demo, nil))
+	manifest, err := os.ReadFile(writeManifest(t, engine, demo, edit))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -150,13 +156,15 @@ func (vm *handVM) dialPort(port uint32, limit time.Duration) (net.Conn, error) {
 }
 
 // TestHostileHost has the host do to a running VM what it can think of. The clock
-// it gives the VM is 73 years ahead.
+// it gives the VM is 73 years ahead. It is a VM that is paid, for nothing after the
+// first case.
 func TestHostileHost(t *testing.T) {
-	vm := bootByHand(t, uki, func(argv []string) []string {
+	vm := bootManifest(t, uki, priced(t), func(argv []string) []string {
 		return append(argv, "-rtc", "base=2099-12-31T23:59:30", "-device", "pcie-root-port,id=spare,bus=pcie.0,chassis=9,addr=0x1e")
 	})
 	vm.serves()
 
+	t.Run("payment", vm.isPaid)
 	t.Run("a clock far ahead", vm.evidence)
 	for _, c := range []struct {
 		name    string
@@ -175,6 +183,8 @@ func TestHostileHost(t *testing.T) {
 		{"control: two fields", guest.PortControl, `{"op":"drain","op":"stop"}` + "\n", `"bad-message"`},
 		{"control: two messages", guest.PortControl, `{"op":"none"}` + "\n" + `{"op":"stop"}` + "\n", `"bad-message"`},
 		{"control: what is not known", guest.PortControl, `{"op":"exec"}` + "\n", `"unknown-op"`},
+		{"control: another operation's field", guest.PortControl, `{"op":"drain","ack":1}` + "\n", `"bad-message"`},
+		{"control: a payer's key of small order", guest.PortControl, `{"op":"admit","admit":{"channel":"0:` + strings.Repeat("0", 64) + `","key":"` + strings.Repeat("0", 64) + `","limit":1,"used":0}}` + "\n", `"refused"`},
 		{"control: 1 MiB", guest.PortControl, strings.Repeat("x", 1<<20), `"bad-message"`},
 		{"clients: no TLS", guest.PortInference, strings.Repeat("\x16\x03\x01\xff\xff", 4096), ""},
 	} {

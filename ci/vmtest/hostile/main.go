@@ -79,5 +79,6 @@ func say(w http.ResponseWriter, text string) {
 		"choices": []any{map[string]any{
 			"index": 0, "finish_reason": "stop", "message": map[string]string{"role": "assistant", "content": text},
 		}},
+		"usage": map[string]int{"prompt_tokens": 7, "completion_tokens": 1},
 	})
 }
