@@ -11,16 +11,19 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
 )
 
 // The supervisor's own API, HTTP over control.sock in the run's folder, which
-// only the user can enter:
+// only the user can enter. What it refuses it answers with 409 and why:
 //
 //	GET  /v1/state     State
 //	POST /v1/stop      stopRequest; answers at once
+//	GET  /v1/earnings  Earned
+//	POST /v1/prices    a list of pay.Price, in the order of the models
 //	POST /v1/handover  takes the connection over; see handover
 const controlSocket = "control.sock"
 
@@ -44,6 +47,8 @@ func (s *supervisor) serveAPI() (io.Closer, error) {
 		s.requestStop(req)
 		w.WriteHeader(http.StatusAccepted)
 	})
+	mux.HandleFunc("GET /v1/earnings", s.getEarnings)
+	mux.HandleFunc("POST /v1/prices", s.postPrices)
 	mux.HandleFunc("POST /v1/handover", s.handover)
 	server := &http.Server{Handler: mux, ErrorLog: s.log, ReadHeaderTimeout: 5 * time.Second}
 	go server.Serve(l)
@@ -159,6 +164,9 @@ func (r run) dial(ctx context.Context) (net.Conn, error) {
 	return d.DialContext(ctx, "unix", fmt.Sprintf("/proc/self/fd/%d/%s", dir, controlSocket))
 }
 
+// maxAnswer bounds what a supervisor answers, in bytes: years of earnings.
+const maxAnswer = 64 << 20
+
 // call sends one request to the run's supervisor.
 func (r run) call(ctx context.Context, method, path string, body, into any) error {
 	client := &http.Client{Transport: &http.Transport{
@@ -180,13 +188,17 @@ func (r run) call(ctx context.Context, method, path string, body, into any) erro
 		return fmt.Errorf("talk to the VM's supervisor: %w", err)
 	}
 	defer answer.Body.Close()
+	if answer.StatusCode == http.StatusConflict {
+		why, _ := io.ReadAll(io.LimitReader(answer.Body, 4<<10))
+		return errors.New(strings.TrimSpace(string(why)))
+	}
 	if answer.StatusCode/100 != 2 {
 		return fmt.Errorf("talk to the VM's supervisor: it answered %d", answer.StatusCode)
 	}
 	if into == nil {
 		return nil
 	}
-	return json.NewDecoder(bufio.NewReader(io.LimitReader(answer.Body, maxStateFile))).Decode(into)
+	return json.NewDecoder(bufio.NewReader(io.LimitReader(answer.Body, maxAnswer))).Decode(into)
 }
 
 func (r run) askToStop(ctx context.Context, req stopRequest) error {

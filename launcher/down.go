@@ -58,6 +58,9 @@ func (r run) stop(ctx context.Context, req stopRequest) error {
 	patience := 30 * time.Second // QEMU may have to be told twice, and swtpm and bwrap be reaped
 	if !req.Now {
 		patience += req.Timeout
+		if state, err := r.readState(); err == nil && state.Payment != nil {
+			patience += claimPatience
+		}
 	}
 	limit, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()

@@ -189,11 +189,12 @@ func watchGuest(ctx context.Context, dialer Dialer, each func(guest.Status)) {
 	}
 }
 
-// control sends one request to the VM's control port and returns the answer.
-func control(ctx context.Context, dialer Dialer, op guest.ControlOp) (guest.ControlReply, error) {
+// exchange sends one request to the VM's control port and returns the answer, whatever
+// it is.
+func exchange(ctx context.Context, dialer Dialer, request guest.ControlRequest) (guest.ControlReply, error) {
 	var reply guest.ControlReply
 	fail := func(err error) (guest.ControlReply, error) {
-		return guest.ControlReply{}, fmt.Errorf("ask the VM to %s: %w", op, err)
+		return guest.ControlReply{}, fmt.Errorf("ask the VM to %s: %w", request.Op, err)
 	}
 	conn, err := dialer.Dial(ctx, guest.PortControl)
 	if err != nil {
@@ -205,11 +206,14 @@ func control(ctx context.Context, dialer Dialer, op guest.ControlOp) (guest.Cont
 	}
 	stop := context.AfterFunc(ctx, func() { conn.Close() })
 	defer stop()
-	request, err := json.Marshal(guest.ControlRequest{Op: op})
+	encoded, err := json.Marshal(request)
 	if err != nil {
 		return fail(err)
 	}
-	if _, err := conn.Write(append(request, '\n')); err != nil {
+	if len(encoded) >= guest.MaxControlMessage {
+		return fail(fmt.Errorf("a request of %d bytes", len(encoded)))
+	}
+	if _, err := conn.Write(append(encoded, '\n')); err != nil {
 		return fail(err)
 	}
 	line, err := bufio.NewReaderSize(io.LimitReader(conn, guest.MaxControlMessage), guest.MaxControlMessage).ReadSlice('\n')
@@ -219,14 +223,24 @@ func control(ctx context.Context, dialer Dialer, op guest.ControlOp) (guest.Cont
 	if err := json.Unmarshal(line, &reply); err != nil {
 		return fail(errors.New("its answer is not the JSON document expected"))
 	}
+	reply.Active = max(0, reply.Active)
+	return reply, nil
+}
+
+// control has the VM's control port do something, and returns the answer.
+func control(ctx context.Context, dialer Dialer, op guest.ControlOp) (guest.ControlReply, error) {
+	reply, err := exchange(ctx, dialer, guest.ControlRequest{Op: op})
+	if err != nil {
+		return guest.ControlReply{}, err
+	}
 	if !reply.OK {
+		why := "it refused"
 		switch reply.Error {
 		case guest.ErrorBadMessage, guest.ErrorUnknownOp:
-			return fail(fmt.Errorf("it refused (%s)", reply.Error))
+			why = fmt.Sprintf("it refused (%s)", reply.Error)
 		}
-		return fail(errors.New("it refused"))
+		return guest.ControlReply{}, fmt.Errorf("ask the VM to %s: %s", op, why)
 	}
 	reply.Error = ""
-	reply.Active = max(0, reply.Active)
 	return reply, nil
 }

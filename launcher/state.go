@@ -19,12 +19,15 @@ import (
 
 	"chrysalis/guest"
 	"chrysalis/launcher/softtpm"
+	"chrysalis/launcher/till"
 )
 
 // What the launcher keeps, below the user's state folder, all of it 0700:
 //
 //	accel.json          which accelerators were found to work (accel.go)
 //	development-root.*  the issuer of software TPMs' certificates (softtpm)
+//	channels/NETWORK/   which VM serves on which payment channel (package till)
+//	vms/NAME/till/NETWORK/  what clients have paid: vouchers and earnings (channel/store)
 //	vms/NAME/lock       held by `up` while it starts a VM of that name
 //	vms/NAME/runs/ID/   one start of a VM; IDs sort by time
 //	    lock            held by the supervisor for as long as it lives
@@ -70,6 +73,7 @@ type State struct {
 	EndedAt    time.Time     `json:"ended_at,omitzero"`
 	Guest      *guest.Status `json:"guest,omitempty"` // the VM's own last words
 	Relay      RelayCounters `json:"relay"`
+	Payment    *till.State   `json:"payment,omitempty"` // of a VM whose clients pay
 }
 
 var nameRE = regexp.MustCompile(`^[a-z0-9][a-z0-9-]{0,31}$`)

@@ -24,6 +24,7 @@ import (
 	"chrysalis/guest"
 	"chrysalis/image/toolsroot"
 	"chrysalis/launcher/softtpm"
+	"chrysalis/launcher/till"
 	"chrysalis/terminal"
 )
 
@@ -46,6 +47,7 @@ type config struct {
 	Replaces       string        `json:"replaces,omitempty"` // the run that this one takes over from
 	Handover       bool          `json:"handover,omitempty"` // and whose listening socket it takes
 	DrainTimeout   time.Duration `json:"drain_timeout_ns"`   // for the replaced run
+	Payment        *paid         `json:"payment,omitempty"`  // nil: it serves for free
 }
 
 // Descriptors that `up` gives the supervisor (exec.Cmd.ExtraFiles).
@@ -91,9 +93,11 @@ type supervisor struct {
 	unserve   context.CancelFunc // ends the relay's accepting
 	handed    bool               // the listening socket is closed here, and may be another's
 
-	mu      sync.Mutex // guards the next four
-	relay   *Relay     // nil until the VM is ready
-	dialer  Dialer     // nil when there is no VM
+	mu      sync.Mutex // guards the next six
+	till    *till.Till // nil where nobody pays, and before the VM is ready
+	chain   *till.TON
+	relay   *Relay // nil until the VM is ready
+	dialer  Dialer // nil when there is no VM
 	state   State
 	changed chan struct{} // has a token when state changed
 
@@ -109,6 +113,7 @@ type supervisor struct {
 type stopRequest struct {
 	Now     bool          `json:"now"` // without draining
 	Timeout time.Duration `json:"timeout_ns"`
+	Keep    bool          `json:"keep,omitempty"` // claim nothing: what takes its place goes on with the money
 	why     string
 }
 
@@ -618,6 +623,7 @@ func (s *supervisor) end(v *vm, req stopRequest) {
 	if !req.Now && st.Life == LifeReady {
 		s.drain(v, req.Timeout)
 	}
+	s.settle(req)
 	s.update(func(st *State) { st.Life = LifeStopping })
 	s.save()
 	if !req.Now && s.now.Err() == nil && st.Guest != nil {
@@ -711,6 +717,7 @@ func (s *supervisor) discard(v *vm) {
 		v.dialer.Close()
 	}
 	v.watching.Wait()
+	s.closeTill()
 	s.setDialer(nil)
 	s.reap()
 }
@@ -767,6 +774,12 @@ func (s *supervisor) becomeReady() error {
 		}
 		s.setListener(l)
 	}
+	s.mu.Lock()
+	dialer := s.dialer
+	s.mu.Unlock()
+	if err := s.startTill(dialer); err != nil {
+		return err
+	}
 	relay := NewRelay(maxConnections, func(ctx context.Context) (Conn, error) {
 		s.mu.Lock()
 		d := s.dialer
@@ -790,7 +803,7 @@ func (s *supervisor) becomeReady() error {
 	if s.cfg.Replaces != "" {
 		// The old VM ends by itself; up waits for it.
 		old := s.store.run(s.cfg.Name, s.cfg.Replaces)
-		if err := old.askToStop(context.Background(), stopRequest{Timeout: s.cfg.DrainTimeout}); err != nil {
+		if err := old.askToStop(context.Background(), stopRequest{Timeout: s.cfg.DrainTimeout, Keep: true}); err != nil {
 			s.log.Printf("stop the replaced VM: %v", err)
 		}
 	}
@@ -882,6 +895,9 @@ func (s *supervisor) snapshot() State {
 	state := s.state
 	if s.relay != nil {
 		state.Relay = s.relay.Counters()
+	}
+	if s.till != nil {
+		state.Payment = new(s.till.State())
 	}
 	return state
 }

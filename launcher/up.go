@@ -45,6 +45,7 @@ type Options struct {
 	// GPUCollateral is a file with what NVIDIA signs about the GPUs (package
 	// attest/nvidia, Collateral). When empty it is CollateralPath's, if that is there.
 	GPUCollateral string
+	Payment       *Payment      // nil: the VM serves for free
 	DiskRate      int64         // bytes a second at which all disks together are read at most; 0: no limit
 	Accel         Accel         // AccelAuto when empty
 	Listen        string        // HOST:PORT; 127.0.0.1:8443 when empty, or the replaced VM's address; port 0 picks one
@@ -253,6 +254,9 @@ func (o Options) plan() (config, []byte, error) {
 		if len(o.Parameters) > 0 || len(o.Tokens) > 0 {
 			return fail(errors.New("a manifest file already holds the engine's parameters and the clients' tokens; give either the file or those"))
 		}
+		if o.Payment != nil && (len(o.Payment.Ceilings) > 0 || o.Payment.Step > 0) {
+			return fail(errors.New("a manifest file already holds the ceilings and the voucher step; give either the file or those"))
+		}
 		encoded, err = readManifest(o.Manifest)
 	} else {
 		m, makeErr := makeManifest(engine, cfg.Disks[1:], shape.GPUs+shape.StandIns, o.Parameters)
@@ -260,13 +264,37 @@ func (o Options) plan() (config, []byte, error) {
 			return fail(makeErr)
 		}
 		m.Tokens = o.Tokens
+		if o.Payment != nil {
+			if err := o.Payment.manifest(m); err != nil {
+				return fail(err)
+			}
+		}
 		encoded, err = m.Encode()
 	}
 	if err != nil {
 		return fail(err)
 	}
+	if cfg.Payment, err = o.payment(encoded); err != nil {
+		return fail(err)
+	}
 	cfg.ManifestSHA384 = manifest.SHA384(encoded)
 	return cfg, encoded, nil
+}
+
+// payment is what the supervisor needs to know of those who pay. A manifest file that
+// cannot be read is for the VM to refuse.
+func (o Options) payment(encoded []byte) (*paid, error) {
+	m, err := manifest.Parse(encoded)
+	if o.Payment == nil {
+		if err == nil && m.Payment != nil {
+			return nil, errors.New("the manifest says that clients pay; say who is paid with --payout")
+		}
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	return o.Payment.plan(m)
 }
 
 // replace notes which run the new one replaces, and whether it takes over the

@@ -18,6 +18,7 @@ import (
 
 	"chrysalis/canonical"
 	"chrysalis/measure/record"
+	"chrysalis/pay"
 	"chrysalis/registry/contract"
 	"chrysalis/registry/lite"
 )
@@ -256,6 +257,51 @@ func PutOffer(o OfferDocument, expiry time.Time, publishers []lite.Address, poli
 				return "the offer is listed", nil
 			}
 			return "", err
+		},
+	}
+}
+
+// RepriceOffer puts the wallet's offer again as it is, until it expires, but for the
+// prices of these models, by NAME@REVISION. Publishers need not be asked: nothing else
+// is offered than before.
+func RepriceOffer(prices map[string]pay.Price) Operation {
+	var encoded []byte
+	var expiry uint64
+	return Operation{
+		Name: "put offer", Value: putValue + (contract.MaxOfferDays+1)*11_000_000,
+		To: func(*Publisher) lite.Address { return Listing() },
+		Body: func(_ *Publisher, id uint64) (*cell.Cell, error) {
+			return contract.PutOffer(id, expiry, encoded)
+		},
+		Explain: contract.ExplainListing,
+		Done: func(ctx context.Context, p *Publisher, view *lite.View) (string, error) {
+			found, err := p.offer(ctx, view)
+			if err != nil {
+				return "", err
+			}
+			var o OfferDocument
+			if err := canonical.Decode(found.Bytes, contract.MaxOffer, &o); err != nil {
+				return "", fmt.Errorf("the offer: %w", err)
+			}
+			if found.Expiry <= uint64(view.Head.Time) {
+				return "", fmt.Errorf("%w that has not expired", ErrNoOffer)
+			}
+			some := false
+			for i, m := range o.Models {
+				if price, ok := prices[m.ID]; ok {
+					some, o.Models[i].PromptPrice, o.Models[i].CompletionPrice = true, price.Prompt, price.Completion
+				}
+			}
+			if !some {
+				return "", fmt.Errorf("%w of these models", ErrNoOffer)
+			}
+			if encoded, err = canonical.Encode(&o); err != nil {
+				return "", fmt.Errorf("the offer: %w", err)
+			}
+			if expiry = found.Expiry; bytes.Equal(found.Bytes, encoded) {
+				return "the offer is listed", nil
+			}
+			return "", nil
 		},
 	}
 }

@@ -55,6 +55,9 @@ type Channel struct {
 	// Since is when the oldest of what is not claimed came, Unix time in seconds; 0
 	// where everything is.
 	Since int64
+	// Used is how much of the channel's total has been served for, in nanotons. What had
+	// been claimed before the channel was first admitted counts as used.
+	Used uint64
 }
 
 // Unclaimed is what the best voucher adds to what has been claimed, in nanotons.
@@ -367,6 +370,16 @@ func (s *Store) row(day, model string) *Row {
 	return row
 }
 
+// public is what others see of the channel.
+func (c *channel) public() Channel {
+	p := c.Channel
+	p.Used = c.settled
+	for _, sh := range c.shares {
+		p.Used = add(p.Used, sh.Amount)
+	}
+	return p
+}
+
 // Channel returns what is known of a channel.
 func (s *Store) Channel(id voucher.Channel) (Channel, bool) {
 	s.mu.Lock()
@@ -375,7 +388,7 @@ func (s *Store) Channel(id voucher.Channel) (Channel, bool) {
 	if c == nil {
 		return Channel{}, false
 	}
-	return c.Channel, true
+	return c.public(), true
 }
 
 // Channels returns all channels, in the order of their ids.
@@ -384,7 +397,7 @@ func (s *Store) Channels() []Channel {
 	defer s.mu.Unlock()
 	list := make([]Channel, 0, len(s.channels))
 	for _, c := range s.channels {
-		list = append(list, c.Channel)
+		list = append(list, c.public())
 	}
 	slices.SortFunc(list, func(a, b Channel) int { return slices.Compare(a.ID[:], b.ID[:]) })
 	return list

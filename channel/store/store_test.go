@@ -105,6 +105,10 @@ func TestEarnings(t *testing.T) {
 	if got := s.Earnings(); !slices.Equal(got, want) {
 		t.Errorf("%+v", got)
 	}
+	// 1150 of the channel's total was served for, whatever has been claimed.
+	if c, _ := s.Channel(id(1)); c.Used != 1150 || c.Chain.Claimed != 650 {
+		t.Errorf("%+v", c)
+	}
 	// More is claimed than was used: what comes later is paid for already.
 	must(t, s.Seen(id(1), Chain{Claimed: 1200, Cover: 1 << 40}, 0, next))
 	must(t, s.Put(next, Update{Channel: id(1), Uses: []Use{{model, 1, 1, 1, 30}}}))

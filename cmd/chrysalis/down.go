@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"chrysalis/launcher"
+	"chrysalis/registry"
 )
 
 // DownCmd ends VMs.
@@ -39,9 +40,22 @@ func (c *DownCmd) Run(ctx context.Context) error {
 			failures[i] = launcher.Down(ctx, name, options)
 			if failures[i] == nil {
 				fmt.Fprintf(os.Stderr, "the VM %q is stopped\n", name)
+				sayUnclaimed(ctx, name)
 			}
 		})
 	}
 	all.Wait()
 	return errors.Join(failures...)
+}
+
+// sayUnclaimed says what a VM that has ended could not claim.
+func sayUnclaimed(ctx context.Context, name string) {
+	states, err := launcher.Status(ctx, "", name)
+	if err != nil || len(states) == 0 || states[len(states)-1].Payment == nil {
+		return
+	}
+	if p := states[len(states)-1].Payment; p.Pending > 0 {
+		fmt.Fprintf(os.Stderr, "vouchers for %s are not claimed yet; they are kept, and claimed when the VM runs again or with 'chrysalis earnings %s --claim'\n",
+			registry.TON(p.Pending), name)
+	}
 }

@@ -25,8 +25,8 @@ type listingCommands struct {
 // offerFlags say on which terms something is offered.
 type offerFlags struct {
 	Endpoint        string         `placeholder:"HOST:PORT" help:"Where the worker is reached."`
-	PromptPrice     *int64         `placeholder:"NANOTONS" help:"For a million tokens of prompts."`
-	CompletionPrice *int64         `placeholder:"NANOTONS" help:"For a million tokens of completions."`
+	PromptPrice     *tonPrice      `placeholder:"TON" help:"For a million tokens of prompts."`
+	CompletionPrice *tonPrice      `placeholder:"TON" help:"For a million tokens of completions."`
 	Capacity        int            `default:"1" help:"How many requests it serves at a time (default: ${default})."`
 	Payout          string         `placeholder:"ADDRESS" help:"Who is paid (default: the wallet)."`
 	Expires         time.Duration  `default:"168h" help:"How long the offer is there, at most 720h (default: ${default})."`
@@ -42,8 +42,8 @@ func (f *offerFlags) complete() error {
 		flag  string
 		given bool
 	}{
-		{"--endpoint=HOST:PORT", f.Endpoint != ""}, {"--prompt-price=NANOTONS", f.PromptPrice != nil},
-		{"--completion-price=NANOTONS", f.CompletionPrice != nil}, {"--registry=ADDRESS", len(f.Registry) > 0},
+		{"--endpoint=HOST:PORT", f.Endpoint != ""}, {"--prompt-price=TON", f.PromptPrice != nil},
+		{"--completion-price=TON", f.CompletionPrice != nil}, {"--registry=ADDRESS", len(f.Registry) > 0},
 	} {
 		if !need.given {
 			missing = append(missing, need.flag)
@@ -63,7 +63,7 @@ func (f *offerFlags) put(ton *tonFlags, wallet *walletFlags, image registry.Key,
 		Version: registry.OfferVersion, Endpoint: f.Endpoint, Image: record.Hex(image[:]), Models: models, Payout: f.Payout, Capacity: f.Capacity,
 	}
 	for i := range models {
-		models[i].PromptPrice, models[i].CompletionPrice = *f.PromptPrice, *f.CompletionPrice
+		models[i].PromptPrice, models[i].CompletionPrice = int64(*f.PromptPrice), int64(*f.CompletionPrice)
 	}
 	if o.Payout == "" {
 		p, err := wallet.publisher(ton, "", nil)
@@ -129,9 +129,9 @@ func (c *ListingRemoveCmd) Run(ctx context.Context) error {
 // ListingFindCmd finds.
 type ListingFindCmd struct {
 	tonFlags
-	Model    string `placeholder:"MODEL" help:"A model, by NAME@REVISION, NAME or root hash (default: any)."`
-	MaxPrice int64  `placeholder:"NANOTONS" help:"The most for a million tokens, of prompts and of completions (default: no limit)."`
-	JSON     bool   `name:"json" help:"Print a JSON list."`
+	Model    string   `placeholder:"MODEL" help:"A model, by NAME@REVISION, NAME or root hash (default: any)."`
+	MaxPrice tonPrice `placeholder:"TON" help:"The most for a million tokens, of prompts and of completions (default: no limit)."`
+	JSON     bool     `name:"json" help:"Print a JSON list."`
 }
 
 // Run prints offers, the cheapest first.
@@ -146,7 +146,7 @@ func (c *ListingFindCmd) Run(ctx context.Context) error {
 		return err
 	}
 	warn(view)
-	found := registry.Find(offers, c.Model, c.MaxPrice)
+	found := registry.Find(offers, c.Model, int64(c.MaxPrice))
 	if c.JSON {
 		return json.NewEncoder(os.Stdout).Encode(found)
 	}
@@ -157,12 +157,12 @@ func (c *ListingFindCmd) Run(ctx context.Context) error {
 	w := tabwriter.NewWriter(os.Stdout, 0, 8, 2, ' ', 0)
 	fmt.Fprintln(w, "MODEL\tPROMPT\tCOMPLETION\tCAPACITY\tENDPOINT\tUNTIL\tOWNER")
 	for _, f := range found {
-		fmt.Fprintf(w, "%s\t%d\t%d\t%d\t%s\t%s\t%s\n", f.Model.ID, f.Model.PromptPrice, f.Model.CompletionPrice, f.Offer.Capacity,
+		fmt.Fprintf(w, "%s\t%s\t%s\t%d\t%s\t%s\t%s\n", f.Model.ID, registry.TON(uint64(f.Model.PromptPrice)), registry.TON(uint64(f.Model.CompletionPrice)), f.Offer.Capacity,
 			terminal.Line(f.Offer.Endpoint), f.Offer.Expiry.Format(time.DateOnly), f.Offer.Account)
 	}
 	if err := w.Flush(); err != nil {
 		return err
 	}
-	fmt.Fprintln(os.Stderr, "prices are nanotons for a million tokens; an offer proves nothing, verify the worker before you send it anything")
+	fmt.Fprintln(os.Stderr, "prices are for a million tokens; an offer proves nothing, verify the worker before you send it anything")
 	return nil
 }

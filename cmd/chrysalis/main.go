@@ -14,14 +14,16 @@ import (
 )
 
 type cli struct {
-	Up     UpCmd          `cmd:"" help:"Boot a VM and wait until it serves."`
-	Down   DownCmd        `cmd:"" help:"Drain a VM and stop it."`
-	Status StatusCmd      `cmd:"" help:"Show the VMs on this machine."`
-	Logs   LogsCmd        `cmd:"" help:"Show what a VM and its programs wrote."`
-	Verify verifyCommands `cmd:"" help:"Check that a VM is a published one, before anything is sent."`
-	Chat   ChatCmd        `cmd:"" help:"Ask a verified VM a question."`
-	Proxy  ProxyCmd       `cmd:"" help:"Serve a local OpenAI-compatible API that forwards to verified VMs only."`
-	Bot    BotCmd         `cmd:"" help:"Answer Telegram chats through verified VMs."`
+	Up       UpCmd          `cmd:"" help:"Boot a VM and wait until it serves."`
+	Down     DownCmd        `cmd:"" help:"Drain a VM and stop it."`
+	Status   StatusCmd      `cmd:"" help:"Show the VMs on this machine."`
+	Logs     LogsCmd        `cmd:"" help:"Show what a VM and its programs wrote."`
+	Price    PriceCmd       `cmd:"" help:"Change what a running VM charges."`
+	Earnings EarningsCmd    `cmd:"" help:"Show what VMs have earned, or claim it."`
+	Verify   verifyCommands `cmd:"" help:"Check that a VM is a published one, before anything is sent."`
+	Chat     ChatCmd        `cmd:"" help:"Ask a verified VM a question."`
+	Proxy    ProxyCmd       `cmd:"" help:"Serve a local OpenAI-compatible API that forwards to verified VMs only."`
+	Bot      BotCmd         `cmd:"" help:"Answer Telegram chats through verified VMs."`
 
 	Doctor DoctorCmd   `cmd:"" help:"Tell what this machine lacks, and how to mend it."`
 	GPU    gpuCommands `cmd:"" name:"gpu" help:"Hand GPUs to VMs and back."`

@@ -11,6 +11,9 @@ import (
 	"time"
 
 	"chrysalis/launcher"
+	"chrysalis/launcher/till"
+	"chrysalis/registry"
+	"chrysalis/terminal"
 )
 
 // StatusCmd shows VMs.
@@ -63,9 +66,32 @@ func printStates(w io.Writer, states []launcher.State, now time.Time) error {
 		return err
 	}
 	for _, s := range states {
+		if s.Payment != nil {
+			printPayment(w, s.Name, s.Payment)
+		}
 		if s.Life == launcher.LifeEnded && s.Failed {
 			fmt.Fprintf(w, "\n%s: %s\n", s.Name, s.Ended)
 		}
 	}
 	return nil
+}
+
+// printPayment says in a line how a VM is paid, and in others what is wrong with that.
+func printPayment(w io.Writer, name string, p *till.State) {
+	fmt.Fprintf(w, "\n%s is paid", name)
+	for i, m := range p.Models {
+		if i > 0 && m.Price == p.Models[i-1].Price {
+			continue
+		}
+		fmt.Fprintf(w, " %s and %s", registry.TON(uint64(m.Prompt)), registry.TON(uint64(m.Completion)))
+	}
+	fmt.Fprintf(w, " for a million tokens, through %d channels: earned %s, claimed %s, to claim %s",
+		p.Channels, registry.TON(p.Earned), registry.TON(p.Claimed), registry.TON(p.Pending))
+	if p.Lost > 0 {
+		fmt.Fprintf(w, ", lost %s", registry.TON(p.Lost))
+	}
+	fmt.Fprintln(w)
+	for _, text := range p.Trouble {
+		fmt.Fprintf(w, "%s: %s\n", name, terminal.Line(text))
+	}
 }

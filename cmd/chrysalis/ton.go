@@ -8,11 +8,14 @@ import (
 	"math/big"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strconv"
+	"strings"
 	"time"
 
 	"chrysalis/devnet"
 	"chrysalis/launcher"
+	"chrysalis/launcher/till"
 	"chrysalis/registry"
 	"chrysalis/registry/lite"
 )
@@ -56,18 +59,23 @@ func (f *tonFlags) named() (lite.Network, error) {
 	return lite.Network{Name: f.Network, GlobalID: int32(id)}, nil
 }
 
+// config is where the global config of a network is; "" where nobody said.
+func (f *tonFlags) config(n lite.Network) (string, error) {
+	if f.GlobalConfig != "" || n.Name != "devnet" {
+		return f.GlobalConfig, nil
+	}
+	dir, err := devnetDir()
+	return filepath.Join(dir, globalConfigName), err
+}
+
 // network finds the network and its liteservers.
 func (f *tonFlags) network() (n lite.Network, err error) {
 	if n, err = f.named(); err != nil {
 		return n, err
 	}
-	path := f.GlobalConfig
-	if path == "" && n.Name == "devnet" {
-		dir, err := devnetDir()
-		if err != nil {
-			return n, err
-		}
-		path = filepath.Join(dir, globalConfigName)
+	path, err := f.config(n)
+	if err != nil {
+		return n, err
 	}
 	if f.KeyBlock != "" {
 		if n.KeyBlock, err = lite.ParseBlockID(f.KeyBlock); err != nil {
@@ -90,22 +98,42 @@ func (f *tonFlags) network() (n lite.Network, err error) {
 	return n, nil
 }
 
+// memory is the file that remembers what was seen of a network, one for each block
+// that is trusted.
+func memory(n lite.Network) (string, error) {
+	state, err := launcher.StateDir()
+	return filepath.Join(state, "ton", fmt.Sprintf("seen-%d-%x.json", n.GlobalID, n.KeyBlock.RootHash[:8])), err
+}
+
 // reader connects to the network. What was seen of it is remembered in the state
-// folder, one file for each block that is trusted.
+// folder.
 func (f *tonFlags) reader() (registry.Reader, error) {
 	n, err := f.network()
 	if err != nil {
 		return registry.Reader{}, err
 	}
-	state, err := launcher.StateDir()
+	path, err := memory(n)
 	if err != nil {
 		return registry.Reader{}, err
 	}
-	name := fmt.Sprintf("seen-%d-%x.json", n.GlobalID, n.KeyBlock.RootHash[:8])
-	client, err := lite.New(n, lite.Options{
-		Memory: lite.FileMemory(filepath.Join(state, "ton", name)), MaxAge: f.MaxAge, Servers: f.Liteservers,
-	})
+	client, err := lite.New(n, lite.Options{Memory: lite.FileMemory(path), MaxAge: f.MaxAge, Servers: f.Liteservers})
 	return registry.Reader{Client: client, Key: registry.DeriveKey}, err
+}
+
+// lasting is the network for a process that runs for months.
+func (f *tonFlags) lasting() (n till.Network, err error) {
+	if n.Network, err = f.network(); err != nil {
+		return n, err
+	}
+	if n.GlobalConfig, err = f.config(n.Network); err == nil {
+		n.GlobalConfig, err = filepath.Abs(n.GlobalConfig)
+	}
+	if err != nil {
+		return n, err
+	}
+	n.Memory, err = memory(n.Network)
+	n.MaxAge, n.Servers = f.MaxAge, f.Liteservers
+	return n, err
 }
 
 // view is a proved state of the network that is recent, and what reads it. The
@@ -178,6 +206,22 @@ func (f *walletFlags) publisher(ton *tonFlags, address string, show *steps) (*re
 		}
 	}
 	return p, nil
+}
+
+// tonPrice is a price or an amount in nanotons, which people write in TON.
+type tonPrice int64
+
+var tonPriceRE = regexp.MustCompile(`^([0-9]{1,9})(?:\.([0-9]{1,9}))?$`)
+
+// UnmarshalText reads TON in decimal, with up to 9 digits after the point.
+func (p *tonPrice) UnmarshalText(text []byte) error {
+	parts := tonPriceRE.FindSubmatch(text)
+	if parts == nil {
+		return fmt.Errorf("%.40q is not TON in decimal, like 0.0015", text)
+	}
+	n, err := strconv.ParseInt(string(parts[1])+string(parts[2])+strings.Repeat("0", 9-len(parts[2])), 10, 64)
+	*p = tonPrice(n)
+	return err
 }
 
 // tonAmount is an amount of TON in nanotons.

@@ -46,8 +46,9 @@ type UpCmd struct {
 	Tools         string           `hidden:"" env:"CHRYSALIS_TOOLS" placeholder:"DIR" help:"The tools root."`
 	JSON          bool             `name:"json" help:"Print one JSON document a line: the steps, then the result."`
 
-	List  bool    `help:"Offer the VM to everyone on TON once it is ready; refused before anything is booted when no publisher has the records of what would be."`
-	Offer upOffer `embed:"" group:"With --list, as 'chrysalis listing put' takes them:"`
+	List  bool       `help:"Offer the VM to everyone on TON once it is ready; refused before anything is booted when no publisher has the records of what would be."`
+	Offer upOffer    `embed:"" group:"With --list, as 'chrysalis listing put' takes them; prices, payout and network also without:"`
+	Pay   priceFlags `embed:"" group:"With prices, to be paid by clients:"`
 }
 
 // TokenFlags say which clients a VM lets in.
@@ -118,11 +119,15 @@ func (c *UpCmd) Run(ctx context.Context) error {
 	if err := c.pickGPUs(); err != nil {
 		return err
 	}
+	payment, err := c.payment()
+	if err != nil {
+		return err
+	}
 	predict := func() (*record.File, error) { return c.predict(ctx, models, tools) }
 	return c.run(ctx, predict, func() (*launcher.Instance, error) {
 		return c.boot(ctx, launcher.Options{
 			Name: c.Name, Image: c.Image, Firmware: c.Firmware, Engine: c.Engine, Models: models,
-			Manifest: c.Manifest, Parameters: c.Parameter, Tokens: tokens, Shape: c.Shape, GPUs: c.GPU, DiskRate: c.DiskRate, GPUCollateral: c.GPUCollateral,
+			Manifest: c.Manifest, Parameters: c.Parameter, Tokens: tokens, Shape: c.Shape, GPUs: c.GPU, DiskRate: c.DiskRate, GPUCollateral: c.GPUCollateral, Payment: payment,
 			Accel: launcher.Accel(c.Accel), Listen: c.Listen, Replace: c.Replace,
 			Timeout: c.Timeout, Drain: c.Drain, Tools: tools,
 		})

@@ -25,8 +25,11 @@ type upOffer struct {
 // Validate is kong's hook.
 func (c *UpCmd) Validate() error {
 	o := &c.Offer
+	if err := c.Pay.validate(o); err != nil {
+		return err
+	}
 	if !c.List {
-		if o.Endpoint != "" || o.PromptPrice != nil || o.CompletionPrice != nil || o.Payout != "" || len(o.Registry) > 0 {
+		if o.Endpoint != "" || len(o.Registry) > 0 {
 			return errors.New("flags of an offer are given without --list")
 		}
 		return nil

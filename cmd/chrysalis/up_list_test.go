@@ -9,7 +9,9 @@ import (
 	"testing"
 
 	"chrysalis/launcher"
+	"chrysalis/launcher/till"
 	"chrysalis/measure/record"
+	"chrysalis/pay"
 	"chrysalis/registry"
 )
 
@@ -117,12 +119,36 @@ func TestUpList(t *testing.T) {
 	if out := do("listing", "find", "--model", "acme/model"); !strings.Contains(out, "acme/model@1") || !strings.Contains(out, "worker.example:8443") {
 		t.Errorf("it lists\n%s", out)
 	}
+
+	// Another price, and nothing else.
+	reprice := func(id string, price pay.Price) error {
+		t.Helper()
+		c, err := parse(t, "price", "--list", "--key-file", owner, "--prompt-price", "1")
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, err = capture(t, func() error { return c.Price.relist(t.Context(), []till.ModelState{{ID: id}}, []pay.Price{price}) })
+		return err
+	}
+	before := do("listing", "find", "--json")
+	for range 2 { // the second time there is nothing to do
+		if err := reprice("acme/model@1", pay.Price{Prompt: 5, Completion: 6}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	want := strings.NewReplacer(`"prompt_price":0`, `"prompt_price":5`, `"completion_price":3000000000000`, `"completion_price":6`).Replace(before)
+	if after := do("listing", "find", "--json"); after != want || after == before {
+		t.Errorf("before %safter %s", before, after)
+	}
+	if err := reprice("acme/other@1", pay.Price{}); !errors.Is(err, registry.ErrNoOffer) {
+		t.Errorf("of a model that is not offered: %v", err)
+	}
 }
 
 func TestUpListFlags(t *testing.T) {
 	t.Setenv("CHRYSALIS_TON_KEY", "")
 	for want, args := range map[string][]string{
-		"--endpoint=HOST:PORT, --prompt-price=NANOTONS, --completion-price=NANOTONS, --registry=ADDRESS": {"up", "--list", "--key-file", "k"},
+		"--endpoint=HOST:PORT, --prompt-price=TON, --completion-price=TON, --registry=ADDRESS": {"up", "--list", "--key-file", "k"},
 		"missing flags: --key-file": {"up", "--list"},
 		"without --list":            {"up", "--endpoint", "a:1"},
 		"missing flags: --registry": {"listing", "put", "--key-file", "k", "--image", strings.Repeat("0", 64), "--model", "m",
