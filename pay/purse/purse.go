@@ -57,6 +57,7 @@ type Channel struct {
 	Payee   [32]byte // account in the basechain
 	Limit   uint64   // the largest total of a voucher, nanotons
 	Claimed uint64   // of that
+	Fresh   bool     // it was opened just now: nothing can have been signed for it
 }
 
 // A Bar says why a payee is paid no more.
@@ -165,7 +166,7 @@ func (p *Purse) Use(c Channel) (*Account, error) {
 	case c.Claimed > a.signed:
 		return nil, fmt.Errorf("%w: %d has been claimed, and %d was signed", ErrForeign, c.Claimed, a.signed)
 	}
-	a.limit, a.ready = c.Limit, true
+	a.limit, a.ready, a.known = c.Limit, true, a.known || c.Fresh
 	return a, nil
 }
 
@@ -642,4 +643,12 @@ func saturate(a, b int64) int64 {
 		return math.MaxInt64
 	}
 	return a + b
+}
+
+// A Demand is what a channel must be to pay a payee through.
+type Demand struct {
+	Payee   [32]byte
+	Deposit uint64                     // nanotons that it must hold beyond what is claimed
+	Delay   time.Duration              // of its closing, at least
+	Except  func(voucher.Channel) bool // channels that cannot be used
 }

@@ -1,0 +1,852 @@
+package proxy
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"chrysalis/attest"
+	"chrysalis/attest/evidence"
+	"chrysalis/attest/receipt"
+	"chrysalis/channel/voucher"
+	"chrysalis/manifest"
+	"chrysalis/pay"
+	"chrysalis/pay/purse"
+	"chrysalis/terminal"
+)
+
+// PaymentPath is where a VM says on which terms it serves, and takes vouchers.
+const PaymentPath = "/.well-known/payment"
+
+const (
+	// termsAge is how long terms are taken for the current ones.
+	termsAge = time.Minute
+	// payLimit bounds one payment, and one question for terms: a VM waits 10 s for its
+	// launcher.
+	payLimit = 20 * time.Second
+	// fundLimit bounds opening a channel or topping one up.
+	fundLimit = 3 * time.Minute
+	// silence is how long a stream that is paid for may say nothing before it is paid
+	// ahead: its next piece may be larger than what is covered.
+	silence = 3 * time.Second
+	// pausePaying is for how long a worker that does not honour what it was paid is asked
+	// after others.
+	pausePaying = time.Minute
+	// unstreamed is for how many tokens an answer is covered that is no stream and for
+	// which the client sets no limit. The VM makes it no longer than what is covered.
+	unstreamed = 4096
+)
+
+// Payment is how a proxy pays.
+type Payment struct {
+	Purse    *purse.Purse
+	MaxPrice int64    // nanotons for a million tokens, of either kind; a worker's ceilings must be no higher
+	CodeHash [32]byte // of the channels' contract
+	Funds    Funds
+	// Payees are whom workers' offers name, by endpoint; one whose terms name another is
+	// not paid.
+	Payees map[string]voucher.Channel
+}
+
+// Funds has channels.
+type Funds interface {
+	// Channel finds a channel that meets a demand, or opens one.
+	Channel(ctx context.Context, d purse.Demand) (purse.Channel, error)
+	// TopUp adds to one.
+	TopUp(ctx context.Context, id voucher.Channel) (purse.Channel, error)
+}
+
+// Errors of workers that want to be paid.
+var (
+	ErrUnpaid  = errors.New("it wants to be paid: give --max-price, --budget and --key-file (docs/market.md)")
+	ErrPrice   = errors.New("its ceilings are above --max-price")
+	ErrNetwork = errors.New("it is paid on another network")
+	ErrTerms   = errors.New("its terms cannot be accepted")
+	ErrHonour  = errors.New("it does not honour what it was paid")
+)
+
+// payError is a reason not to use a worker that has to do with payment.
+type payError struct{ error }
+
+func (e payError) Unwrap() error { return e.error }
+
+// asked is what of a request matters for its price.
+type asked struct {
+	Model               string
+	Stream              bool
+	MaxTokens           int64 `json:"max_tokens"`
+	MaxCompletionTokens int64 `json:"max_completion_tokens"`
+}
+
+func readAsked(body []byte) (a asked) {
+	if json.Unmarshal(body, &a) != nil {
+		return asked{}
+	}
+	return a
+}
+
+// priced are the paths that cost something.
+var priced = []string{"/v1/chat/completions", "/v1/completions", "/v1/embeddings"}
+
+// modelOf finds a model of a manifest by what a client calls it.
+func modelOf(m *manifest.Manifest, name string) (id string, ok bool) {
+	for _, model := range m.Models {
+		if name == model.Name || name == model.ID() || name == model.ID()+":"+model.Disk.RootHash {
+			return model.ID(), true
+		}
+	}
+	return "", false
+}
+
+// manifestOf returns the manifest of evidence that was verified.
+func manifestOf(s *attest.Session) *manifest.Manifest {
+	if doc, err := evidence.Parse(s.Document); err == nil {
+		if m, err := manifest.Parse(doc.Manifest); err == nil {
+			return m
+		}
+	}
+	return nil
+}
+
+// paying is the payment of one worker.
+type paying struct {
+	worker  *worker
+	pumping atomic.Bool
+
+	setup sync.Mutex // held while terms are asked or a channel is found
+	send  sync.Mutex // held while a voucher is on its way: one at a time, since none may overtake another
+
+	mu         sync.Mutex
+	spki       [32]byte // that accept and the reconciliation are of
+	accept     *pay.Accept
+	at         time.Time // of accept
+	account    *purse.Account
+	reconciled bool
+	except     map[voucher.Channel]bool // channels that must not be used
+	authority  string                   // the client's token
+	problem    string
+	until      time.Time // it is asked after others
+}
+
+// price is what a model costs now, as far as it is known: by its ceiling before the
+// worker has said anything.
+func (t *paying) price(m *manifest.Manifest, model string) pay.Price {
+	ceilings, paid := m.Ceilings()
+	if !paid {
+		return pay.Price{}
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.accept != nil {
+		for _, p := range t.accept.Extra.Models {
+			if p.ID == model {
+				return p.Price
+			}
+		}
+	}
+	return ceilings.Models[model]
+}
+
+// verifiedSession is what was verified of the worker last; nil where it is not good.
+func (w *worker) verifiedSession() (*attest.Session, *manifest.Manifest) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.state != verified {
+		return nil, nil
+	}
+	return w.session, w.manifest
+}
+
+func (t *paying) note(err error) error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if err != nil {
+		t.problem = terminal.Line(err.Error())
+	} else {
+		t.problem = ""
+	}
+	return err
+}
+
+// pause has the worker asked after others for a while.
+func (t *paying) pause(err error) error {
+	t.mu.Lock()
+	t.until = time.Now().Add(pausePaying)
+	t.mu.Unlock()
+	return t.note(err)
+}
+
+// terms checks a VM's terms against what was verified of it, and against what this
+// client accepts.
+func (p *Payment) terms(t *pay.Terms, m *manifest.Manifest, endpoint string) (*pay.Accept, error) {
+	bad := func(format string, args ...any) error {
+		return fmt.Errorf("%w: %s", ErrTerms, fmt.Sprintf(format, args...))
+	}
+	ceilings, ok := m.Ceilings()
+	if !ok {
+		return nil, bad("its manifest has no prices")
+	}
+	at := slices.IndexFunc(t.Accepts, func(a pay.Accept) bool { id, _ := a.GlobalID(); return id == p.Purse.GlobalID() })
+	if at < 0 {
+		return nil, fmt.Errorf("%w, by its terms", ErrNetwork)
+	}
+	a := &t.Accepts[at]
+	if a.Extra.CodeHash != hex.EncodeToString(p.CodeHash[:]) {
+		return nil, bad("its channels have another contract than this program's")
+	}
+	current := pay.Tariff{Models: map[string]pay.Price{}}
+	current.Step, _ = pay.ParseAmount(a.Amount)
+	for _, model := range a.Extra.Models {
+		current.Models[model.ID] = model.Price
+	}
+	if err := current.Under(ceilings); err != nil {
+		return nil, bad("%v", err)
+	}
+	payee, err := voucher.ParseChannel(a.PayTo)
+	if err != nil {
+		return nil, bad("%v", err)
+	}
+	if offered, ok := p.Payees[endpoint]; ok && offered != payee {
+		return nil, bad("they name another payee than its offer does")
+	}
+	return a, nil
+}
+
+// exchange asks for terms, or pays with a voucher. ok says that the VM took it.
+func (t *paying) exchange(ctx context.Context, v *voucher.Voucher) (terms *pay.Terms, ok bool, err error) {
+	ctx, cancel := context.WithTimeout(ctx, payLimit)
+	defer cancel()
+	method := http.MethodGet
+	if v != nil {
+		method = http.MethodPost
+	}
+	request, err := http.NewRequestWithContext(ctx, method, t.worker.endpoint+PaymentPath, http.NoBody)
+	if err != nil {
+		return nil, false, err
+	}
+	t.mu.Lock()
+	t.header(request.Header)
+	if t.authority != "" {
+		request.Header.Set("Authorization", t.authority)
+	}
+	t.mu.Unlock()
+	if v != nil {
+		request.Header.Set(pay.VoucherHeader, v.String())
+	}
+	request.Header.Set("User-Agent", "chrysalis")
+	answer, err := t.worker.transport.RoundTrip(request)
+	if err != nil {
+		return nil, false, err
+	}
+	defer answer.Body.Close()
+	if answer.StatusCode != http.StatusOK && answer.StatusCode != http.StatusPaymentRequired {
+		return nil, false, fmt.Errorf("it answered %d to the question for its terms", answer.StatusCode)
+	}
+	terms, err = readTerms(answer)
+	return terms, answer.StatusCode == http.StatusOK, err
+}
+
+func readTerms(answer *http.Response) (*pay.Terms, error) {
+	data, err := io.ReadAll(io.LimitReader(answer.Body, pay.MaxTerms+1))
+	if err != nil {
+		return nil, err
+	}
+	terms, err := pay.ParseTerms(data)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrTerms, err)
+	}
+	return terms, nil
+}
+
+// header proves who pays. t.mu is held.
+func (t *paying) header(h http.Header) {
+	if t.account != nil {
+		h.Set(pay.PayerHeader, t.worker.proxy.options.Payment.Purse.Payer(t.account.ID(), t.spki).String())
+	}
+}
+
+// learn takes terms over, and what they say of the channel.
+func (t *paying) learn(terms *pay.Terms) error {
+	payment := t.worker.proxy.options.Payment
+	session, m := t.worker.verifiedSession()
+	if session == nil {
+		return errors.New("it is not verified any more")
+	}
+	a, err := payment.terms(terms, m, t.worker.endpoint)
+	if err != nil {
+		return err
+	}
+	t.mu.Lock()
+	t.accept, t.at = a, time.Now()
+	account := t.account
+	t.mu.Unlock()
+	credit := a.Extra.Credit
+	if account == nil || credit == nil {
+		return nil
+	}
+	id, err := voucher.ParseChannel(credit.Channel)
+	if err != nil || id != account.ID() {
+		return fmt.Errorf("%w: they are about another channel", ErrTerms)
+	}
+	c := pay.Credit{Channel: id}
+	c.Used, _ = pay.ParseAmount(credit.Used) // the terms are valid
+	c.Cover, _ = pay.ParseAmount(credit.Cover)
+	c.Limit, _ = pay.ParseAmount(credit.Limit)
+	if err := account.Reconcile(c); err != nil {
+		if errors.Is(err, purse.ErrForeign) {
+			t.mu.Lock()
+			t.except[id], t.account = true, nil
+			t.mu.Unlock()
+		}
+		return err
+	}
+	t.mu.Lock()
+	t.reconciled = true
+	t.mu.Unlock()
+	return nil
+}
+
+// prepare has terms that are recent and a channel whose state both sides agree on.
+func (t *paying) prepare(ctx context.Context, spki [32]byte) (*pay.Accept, *purse.Account, error) {
+	t.setup.Lock()
+	defer t.setup.Unlock()
+	payment := t.worker.proxy.options.Payment
+	t.mu.Lock()
+	if t.spki != spki {
+		// It has another key than it had: it was booted anew, and must remember all.
+		t.spki, t.accept, t.reconciled = spki, nil, false
+	}
+	accept, account, ready := t.accept, t.account, t.reconciled
+	if accept != nil && time.Since(t.at) > termsAge {
+		accept = nil
+	}
+	t.mu.Unlock()
+	for try := 0; ; try++ {
+		if accept != nil && account != nil && ready {
+			return accept, account, payment.Purse.Barred(payeeOf(accept))
+		}
+		if accept == nil || account != nil && !ready {
+			terms, _, err := t.exchange(ctx, nil)
+			if err == nil {
+				err = t.learn(terms)
+			}
+			if err != nil && !errors.Is(err, purse.ErrForeign) {
+				return nil, nil, err
+			}
+		}
+		t.mu.Lock()
+		accept, account, ready = t.accept, t.account, t.reconciled
+		t.mu.Unlock()
+		if accept == nil {
+			return nil, nil, fmt.Errorf("%w: there are none", ErrTerms)
+		}
+		payee := payeeOf(accept)
+		if err := payment.Purse.Barred(payee); err != nil {
+			return nil, nil, err
+		}
+		if account != nil && account.State().Payee != voucher.Channel(payee) {
+			account = nil // it is somebody else who is paid now
+		}
+		if account == nil {
+			if try > 3 {
+				return nil, nil, fmt.Errorf("%w: no channel can be used", ErrTerms)
+			}
+			if err := t.fund(ctx, accept, payee); err != nil {
+				return nil, nil, err
+			}
+			t.mu.Lock()
+			account, ready = t.account, t.reconciled
+			t.mu.Unlock()
+			continue
+		}
+		if !ready {
+			// The launcher admits the channel when it was named; that takes a look at the chain.
+			if try > 6 {
+				return nil, nil, fmt.Errorf("%w: it does not say where the channel %v stands", ErrHonour, account.ID())
+			}
+			select {
+			case <-ctx.Done():
+				return nil, nil, ctx.Err()
+			case <-time.After(time.Duration(try) * 500 * time.Millisecond):
+			}
+		}
+	}
+}
+
+func payeeOf(a *pay.Accept) [32]byte {
+	payee, _ := voucher.ParseChannel(a.PayTo) // the terms are valid
+	return payee
+}
+
+// fund finds a channel to the payee, or opens one.
+func (t *paying) fund(ctx context.Context, a *pay.Accept, payee [32]byte) error {
+	payment := t.worker.proxy.options.Payment
+	if payment.Funds == nil {
+		return errors.New("there is no channel to its payee")
+	}
+	deposit, _ := pay.ParseAmount(a.Extra.MinDeposit) // the terms are valid
+	// It goes on when the client leaves: the money is on its way.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), fundLimit)
+	defer cancel()
+	t.mu.Lock()
+	except := t.except
+	t.mu.Unlock()
+	c, err := payment.Funds.Channel(ctx, purse.Demand{
+		Payee: payee, Deposit: deposit, Delay: time.Duration(a.Extra.MinDelay) * time.Second, Except: func(id voucher.Channel) bool { return except[id] },
+	})
+	if err != nil {
+		return err
+	}
+	account, err := payment.Purse.Use(c)
+	if errors.Is(err, purse.ErrForeign) {
+		t.mu.Lock()
+		t.except[c.ID] = true
+		t.mu.Unlock()
+	}
+	if err != nil {
+		return err
+	}
+	t.mu.Lock()
+	t.account, t.reconciled = account, account.Known() && c.Fresh
+	t.mu.Unlock()
+	return nil
+}
+
+// pay signs and sends what is due; more asks for up to a step beyond it.
+func (t *paying) pay(ctx context.Context, step uint64, more bool) error {
+	t.send.Lock()
+	defer t.send.Unlock()
+	payment := t.worker.proxy.options.Payment
+	t.mu.Lock()
+	account := t.account
+	t.mu.Unlock()
+	if account == nil {
+		return nil
+	}
+	ctx = context.WithoutCancel(ctx) // what is signed is to arrive
+	v, err := account.Sign(step, more)
+	if errors.Is(err, purse.ErrLimit) && payment.Funds != nil {
+		if err = t.topUp(ctx, account); err == nil {
+			v, err = account.Sign(step, more)
+		}
+	}
+	if err != nil || v == nil {
+		return err
+	}
+	terms, ok, err := t.exchange(ctx, v)
+	if err != nil {
+		return err
+	}
+	if ok {
+		account.Took(v.Total)
+	}
+	if err := t.learn(terms); err != nil {
+		return err
+	}
+	if !ok {
+		return fmt.Errorf("%w: it does not take a voucher: %s", ErrHonour, cmp.Or(terms.Error, "it does not say why"))
+	}
+	return nil
+}
+
+func (t *paying) topUp(ctx context.Context, account *purse.Account) error {
+	payment := t.worker.proxy.options.Payment
+	ctx, cancel := context.WithTimeout(ctx, fundLimit)
+	defer cancel()
+	c, err := payment.Funds.TopUp(ctx, account.ID())
+	if err == nil {
+		_, err = payment.Purse.Use(c)
+	}
+	return err
+}
+
+// pump pays what is due without having anybody wait.
+func (t *paying) pump(step uint64, more bool) {
+	if !t.pumping.CompareAndSwap(false, true) {
+		return
+	}
+	go func() {
+		defer t.pumping.Store(false)
+		if err := t.pay(context.Background(), step, more); err != nil && !errors.Is(err, purse.ErrAhead) {
+			t.note(err)
+		}
+	}()
+}
+
+// charge is what one request to a worker is charged, as this side sees it.
+type charge struct {
+	paying  *paying
+	account *purse.Account
+	request *purse.Request
+	session *attest.Session
+	model   string
+	step    uint64
+	digest  string // of the request's body, as its receipt has it
+	salt    [receipt.SaltSize]byte
+	meter   *meter
+	ended   bool
+}
+
+// acceptable says, as an error, why a worker is not paid for a model, before anything
+// is sent to it.
+func (p *Payment) acceptable(m *manifest.Manifest, ceiling pay.Price) error {
+	switch {
+	case m.Payment.Network != p.Purse.GlobalID():
+		return fmt.Errorf("%w: global id %d, and this client pays on %d", ErrNetwork, m.Payment.Network, p.Purse.GlobalID())
+	case max(ceiling.Prompt, ceiling.Completion) > p.MaxPrice:
+		return fmt.Errorf("%w: it can charge %s and %s for a million tokens", ErrPrice, ton(uint64(ceiling.Prompt)), ton(uint64(ceiling.Completion)))
+	}
+	return nil
+}
+
+// charge begins to pay for a request, or returns nil where nothing is to be paid. more
+// pays up to a step beyond what is due.
+func (w *worker) charge(ctx context.Context, r *http.Request, a asked, body []byte, salt string, more bool) (*charge, error) {
+	payment := w.proxy.options.Payment
+	if payment == nil || r.Method != http.MethodPost || !slices.Contains(priced, r.URL.Path) {
+		return nil, nil
+	}
+	session, m := w.verifiedSession()
+	if session == nil {
+		// Its manifest says whether it is to be paid, and how.
+		if _, err := w.transport.Attest(ctx, w.endpoint); err != nil {
+			return nil, err
+		}
+		if session, m = w.verifiedSession(); session == nil {
+			return nil, errors.New("it is not verified")
+		}
+	}
+	ceilings, paid := pay.Tariff{}, false
+	if m != nil {
+		ceilings, paid = m.Ceilings()
+	}
+	model, served := "", false
+	if paid {
+		model, served = modelOf(m, a.Model)
+	}
+	if !served || ceilings.Models[model].Free() {
+		return nil, nil
+	}
+	t := w.paying
+	fail := func(err error) (*charge, error) { return nil, payError{t.note(err)} }
+	if err := payment.acceptable(m, ceilings.Models[model]); err != nil {
+		return fail(err)
+	}
+	t.mu.Lock()
+	if t.authority = r.Header.Get("Authorization"); w.proxy.options.Token != "" {
+		t.authority = "Bearer " + w.proxy.options.Token
+	}
+	t.mu.Unlock()
+	accept, account, err := t.prepare(ctx, sha256.Sum256(session.TLSKey))
+	if err != nil {
+		return fail(err)
+	}
+	at := slices.IndexFunc(accept.Extra.Models, func(m pay.ModelPrice) bool { return m.ID == model })
+	if at < 0 {
+		return fail(fmt.Errorf("%w: they have no price of %s", ErrTerms, model))
+	}
+	price := accept.Extra.Models[at].Price
+	if price.Free() {
+		return nil, t.note(nil)
+	}
+	c := &charge{paying: t, account: account, session: session, model: model, step: ceilings.Step}
+	if c.salt, err = receipt.ParseSalt(salt); err != nil {
+		rand.Read(c.salt[:]) // the client has none, or one that the VM would refuse
+	}
+	h := receipt.NewHash(c.salt)
+	h.Write(body)
+	c.digest = hex.EncodeToString(h.Sum(nil))
+	begin := purse.Begin{Price: price, Ceiling: ceilings.Models[model], Step: ceilings.Step, Request: int64(len(body)), Asked: max(0, cmp.Or(a.MaxTokens, a.MaxCompletionTokens))}
+	if !a.Stream && r.URL.Path != "/v1/embeddings" {
+		begin.Reserve = cmp.Or(begin.Asked, unstreamed)
+	}
+	c.request, err = account.Begin(begin)
+	if errors.Is(err, purse.ErrLimit) && payment.Funds != nil {
+		if err = t.topUp(context.WithoutCancel(ctx), account); err == nil {
+			c.request, err = account.Begin(begin)
+		}
+	}
+	if err != nil {
+		return fail(err)
+	}
+	if more || account.Due() {
+		err := t.pay(ctx, c.step, more)
+		if errors.Is(err, purse.ErrBudget) || errors.Is(err, purse.ErrLimit) || errors.Is(err, purse.ErrAhead) {
+			err = nil // what was signed may do; the VM decides
+		}
+		if err != nil {
+			c.request.Unanswered()
+			t.pause(err)
+			return nil, payError{err}
+		}
+	}
+	return c, nil
+}
+
+// refused takes an answer 402 over, after which it can be tried once more.
+func (w *worker) refused(c *charge, answer *http.Response) error {
+	if w.proxy.options.Payment == nil {
+		return payError{w.paying.note(ErrUnpaid)}
+	}
+	if c != nil {
+		c.request.Unanswered()
+	}
+	terms, err := readTerms(answer)
+	if err == nil {
+		err = w.paying.learn(terms)
+	}
+	if err != nil {
+		return payError{w.paying.note(err)}
+	}
+	return fmt.Errorf("%w: %s", ErrHonour, terminal.Line(cmp.Or(terms.Error, "it does not say why")))
+}
+
+// head adds to a request's header who pays, and a salt where the client gives none.
+func (c *charge) head(h http.Header, salt bool) {
+	c.paying.mu.Lock()
+	c.paying.header(h)
+	c.paying.mu.Unlock()
+	if salt {
+		h.Set(receipt.SaltHeader, receipt.FormatSalt(c.salt))
+	}
+}
+
+// begin is called when the answer begins. Like all that follow it does nothing where
+// nothing is paid.
+func (c *charge) begin(answer *http.Response) {
+	switch {
+	case c == nil:
+		return
+	case answer.StatusCode != http.StatusOK:
+		c.ended = true // refused, which costs nothing
+		c.request.Unanswered()
+	}
+	kind, _, _ := strings.Cut(answer.Header.Get("Content-Type"), ";")
+	c.meter = newMeter(c.salt, strings.TrimSpace(kind) == "text/event-stream", func(n int64) {
+		c.request.Text(n)
+		if c.account.Due() {
+			c.paying.pump(c.step, false)
+		}
+	})
+}
+
+// listen waits for the next piece; where a stream says nothing for a while it is paid
+// ahead. The function that it returns is to be called when the piece has come.
+func (c *charge) listen() (heard func()) {
+	if c == nil || c.ended || !c.meter.stream {
+		return func() {}
+	}
+	timer := time.AfterFunc(silence, func() { c.paying.pump(c.step, true) })
+	return func() { timer.Stop() }
+}
+
+// write takes the next piece.
+func (c *charge) write(p []byte) {
+	if c != nil && !c.ended {
+		c.meter.write(p)
+	}
+}
+
+// end is called once the answer has come to its end.
+func (c *charge) end(trailer http.Header) {
+	if c == nil || c.ended {
+		return
+	}
+	c.ended = true
+	m := c.meter
+	m.end()
+	signed := m.receipt
+	if !m.stream {
+		signed = []byte(trailer.Get(receipt.Trailer))
+	}
+	if len(signed) == 0 {
+		if m.stream && !m.done {
+			c.request.Left() // it broke off; what it charges shows in the channel
+			return
+		}
+		c.request.Left()
+		c.paying.note(c.account.Bar(purse.ErrNoReceipt))
+		return
+	}
+	r, err := c.session.Receipt(signed)
+	if err != nil {
+		if now, _ := c.paying.worker.verifiedSession(); now == nil || !bytes.Equal(now.TLSKey, c.session.TLSKey) {
+			c.request.Left() // it was booted anew meanwhile, and has another key
+			return
+		}
+	}
+	if err == nil {
+		err = m.check(r, c.digest)
+	}
+	if err == nil && r.Model != c.model {
+		err = fmt.Errorf("it is about the model %s", r.Model)
+	}
+	if err != nil {
+		c.request.Left()
+		c.paying.note(c.account.Bar(fmt.Errorf("%w: %w", purse.ErrBadReceipt, err)))
+		return
+	}
+	if r.Payment == nil { // it was free
+		c.request.Unanswered()
+		return
+	}
+	s := purse.Receipt{
+		Price:  pay.Price{Prompt: r.Payment.PromptPrice, Completion: r.Payment.CompletionPrice},
+		Prompt: r.Payment.PromptTokens, Completion: r.Payment.CompletionTokens,
+	}
+	s.Channel, _ = voucher.ParseChannel(r.Payment.Channel) // the receipt is valid
+	s.Charged, _ = pay.ParseAmount(r.Payment.Charged)
+	s.Used, _ = pay.ParseAmount(r.Payment.Used)
+	s.Cover, _ = pay.ParseAmount(r.Payment.Cover)
+	c.paying.note(c.request.Settle(s))
+}
+
+// leave is called when nothing more is waited for.
+func (c *charge) leave() {
+	if c != nil && !c.ended {
+		c.ended = true
+		c.request.Left()
+	}
+}
+
+// A Quote is what is known of one worker before it is asked anything.
+type Quote struct {
+	Endpoint   string
+	Problem    string // why it is not used; "" of one that is
+	Model      string // NAME@REVISION; "" where it does not serve the one that is asked for
+	Free       bool
+	Ceiling    pay.Price // nanotons for a million tokens
+	Price      pay.Price // now
+	Payee      voucher.Channel
+	MinDeposit uint64        // nanotons
+	Delay      time.Duration // for which the payee can claim when a channel closes
+}
+
+// Plan verifies every worker and asks those that want to be paid for their terms. It
+// pays nothing. The order is that in which they would be asked for the model.
+func (p *Proxy) Plan(ctx context.Context, model string) []Quote {
+	quotes := make(map[*worker]Quote, len(p.workers))
+	var mu sync.Mutex
+	var wait sync.WaitGroup
+	for _, w := range p.workers {
+		wait.Go(func() {
+			q := w.quote(ctx, model)
+			mu.Lock()
+			defer mu.Unlock()
+			quotes[w] = q
+		})
+	}
+	wait.Wait()
+	var list []Quote
+	for _, w := range p.order(model) {
+		list = append(list, quotes[w])
+		delete(quotes, w)
+	}
+	for _, w := range p.workers { // those that are refused
+		if q, ok := quotes[w]; ok {
+			list = append(list, q)
+		}
+	}
+	slices.SortStableFunc(list, func(a, b Quote) int {
+		return cmp.Compare(one(a.Problem != ""), one(b.Problem != ""))
+	})
+	return list
+}
+
+func (w *worker) quote(ctx context.Context, model string) Quote {
+	q := Quote{Endpoint: w.endpoint}
+	fail := func(err error) Quote {
+		q.Problem = terminal.Line(err.Error())
+		return q
+	}
+	if _, err := w.transport.Attest(ctx, w.endpoint); err != nil {
+		w.failed(err)
+		return fail(err)
+	}
+	session, m := w.verifiedSession()
+	if m == nil {
+		return fail(errors.New("it is not verified"))
+	}
+	var ok bool
+	if q.Model, ok = modelOf(m, model); !ok {
+		if model != "" {
+			return fail(fmt.Errorf("it does not serve the model %q", model))
+		}
+		q.Model = m.Models[0].ID()
+	}
+	ceilings, paid := m.Ceilings()
+	q.Ceiling = ceilings.Models[q.Model]
+	if q.Free = q.Ceiling.Free(); !paid || q.Free {
+		return q
+	}
+	payment := w.proxy.options.Payment
+	if payment == nil {
+		return fail(ErrUnpaid)
+	}
+	t := w.paying
+	if err := payment.acceptable(m, q.Ceiling); err != nil {
+		return fail(t.note(err))
+	}
+	t.setup.Lock()
+	defer t.setup.Unlock()
+	t.mu.Lock()
+	if spki := sha256.Sum256(session.TLSKey); t.spki != spki {
+		t.spki, t.accept, t.reconciled = spki, nil, false
+	}
+	if token := w.proxy.options.Token; token != "" {
+		t.authority = "Bearer " + token
+	}
+	t.mu.Unlock()
+	terms, _, err := t.exchange(ctx, nil)
+	if err == nil {
+		err = t.learn(terms)
+	}
+	if err != nil {
+		return fail(t.note(err))
+	}
+	t.mu.Lock()
+	a := t.accept
+	t.mu.Unlock()
+	q.Payee, q.Delay = payeeOf(a), time.Duration(a.Extra.MinDelay)*time.Second
+	q.MinDeposit, _ = pay.ParseAmount(a.Extra.MinDeposit)
+	q.Price = t.price(m, q.Model)
+	q.Free = q.Price.Free()
+	if err := payment.Purse.Barred(q.Payee); err != nil {
+		return fail(t.note(err))
+	}
+	return q
+}
+
+// Prepare has a channel to the worker that would be asked for a model first, so that
+// the first request does not wait for one.
+func (p *Proxy) Prepare(ctx context.Context, model string) error {
+	for _, q := range p.Plan(ctx, model) {
+		if q.Problem != "" || q.Free {
+			if q.Problem == "" {
+				return nil
+			}
+			continue
+		}
+		at := slices.IndexFunc(p.workers, func(w *worker) bool { return w.endpoint == q.Endpoint })
+		session, _ := p.workers[at].verifiedSession()
+		if session == nil {
+			continue
+		}
+		_, _, err := p.workers[at].paying.prepare(ctx, sha256.Sum256(session.TLSKey))
+		return p.workers[at].paying.note(err)
+	}
+	return nil
+}
