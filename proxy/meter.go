@@ -3,11 +3,11 @@ package proxy
 import (
 	"bytes"
 	"encoding/hex"
-	"encoding/json"
 	"errors"
 	"hash"
 
 	"chrysalis/attest/receipt"
+	"chrysalis/pay"
 )
 
 // maxLine bounds a line of a stream that is read as one, in bytes: more than an event
@@ -82,7 +82,7 @@ func (m *meter) oneLine(line []byte) {
 	case bytes.HasPrefix(data, []byte(`{"error":`)):
 		m.failed = true
 	default:
-		if n := textOf(data); n > 0 {
+		if n := pay.ReadEvent(data).Text; n > 0 {
 			m.text(n)
 		}
 	}
@@ -91,39 +91,10 @@ func (m *meter) oneLine(line []byte) {
 // end is called when the answer is whole.
 func (m *meter) end() {
 	if !m.stream && !m.long {
-		if n := textOf(m.line); n > 0 {
+		if n := pay.ReadEvent(m.line).Text; n > 0 {
 			m.text(n)
 		}
 	}
-}
-
-// said is what of an answer counts as text, as a VM counts it.
-type said struct {
-	Content   string
-	Reasoning string          `json:"reasoning_content"`
-	ToolCalls json.RawMessage `json:"tool_calls"`
-}
-
-// textOf is how many bytes of text an answer, or an event of one, has. What cannot be
-// read counts as a whole: to count too little would find fault where there is none.
-func textOf(data []byte) (n int64) {
-	var s struct {
-		Choices []struct {
-			Text    string
-			Delta   said
-			Message said
-		}
-	}
-	if json.Unmarshal(data, &s) != nil {
-		return int64(len(data))
-	}
-	for _, c := range s.Choices {
-		n += int64(len(c.Text))
-		for _, m := range []said{c.Delta, c.Message} {
-			n += int64(len(m.Content) + len(m.Reasoning) + len(m.ToolCalls))
-		}
-	}
-	return n
 }
 
 // check reports, as an error, a receipt that is not about this request and answer.

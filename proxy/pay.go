@@ -53,8 +53,7 @@ const (
 // Payment is how a proxy pays.
 type Payment struct {
 	Purse    *purse.Purse
-	MaxPrice int64    // nanotons for a million tokens, of either kind; a worker's ceilings must be no higher
-	CodeHash [32]byte // of the channels' contract
+	MaxPrice int64 // nanotons for a million tokens, of either kind; a worker's ceilings must be no higher
 	Funds    Funds
 	// Payees are whom workers' offers name, by endpoint; one whose terms name another is
 	// not paid.
@@ -204,7 +203,7 @@ func (p *Payment) terms(t *pay.Terms, m *manifest.Manifest, endpoint string) (*p
 		return nil, fmt.Errorf("%w, by its terms", ErrNetwork)
 	}
 	a := &t.Accepts[at]
-	if a.Extra.CodeHash != hex.EncodeToString(p.CodeHash[:]) {
+	if a.Extra.CodeHash != hex.EncodeToString(voucher.CodeHash[:]) {
 		return nil, bad("its channels have another contract than this program's")
 	}
 	current := pay.Tariff{Models: map[string]pay.Price{}}
@@ -593,6 +592,7 @@ func (w *worker) charge(ctx context.Context, r *http.Request, a asked, body []by
 			return nil, payError{err}
 		}
 	}
+	c.request.Sent()
 	return c, nil
 }
 

@@ -343,7 +343,7 @@ type Request struct {
 	bounds  pay.Bounds
 	reserve int64 // tokens of an answer that must be covered before there is any
 	hold    uint64
-	taken   uint64 // when it began
+	taken   uint64 // when it was sent
 	ended   bool
 }
 
@@ -380,7 +380,7 @@ func (a *Account) Begin(b Begin) (*Request, error) {
 		return nil, err
 	}
 	r := &Request{
-		account: a, price: b.Price, ceiling: b.Ceiling, reserve: max(b.Reserve, 0), taken: a.taken,
+		account: a, price: b.Price, ceiling: b.Ceiling, reserve: max(b.Reserve, 0),
 		bounds: pay.Bounds{RequestBytes: b.Request, Asked: b.Asked},
 	}
 	if r.bounds.Asked > 0 {
@@ -431,6 +431,14 @@ func (r *Request) rehold() {
 	a.held -= r.hold
 	r.hold = r.price.Cost(r.bounds.MaxPrompt(), max(r.bounds.MaxCompletion(), r.reserve))
 	a.held = add(a.held, r.hold)
+}
+
+// Sent is called when the request is about to be sent: what the payee has by then it
+// must not have lost when it answers.
+func (r *Request) Sent() {
+	r.account.purse.mu.Lock()
+	defer r.account.purse.mu.Unlock()
+	r.taken = r.account.taken
 }
 
 // Text takes into account that so many bytes of text of the answer have come.
