@@ -14,9 +14,9 @@ import (
 // of a VM has.
 const maxLine = 1 << 20
 
-// maxWhole bounds an answer that is read as one, in bytes. Of a longer one a VM counts
-// no text either.
-const maxWhole = 256 << 10
+// maxWhole bounds an answer that is read as one, in bytes: more than a VM that is paid
+// makes.
+const maxWhole = 16 << 20
 
 // meter reads an answer on its way to the client: how much text it has, and its
 // receipt.

@@ -11,6 +11,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net/http"
 	"slices"
 	"strings"
@@ -37,6 +38,9 @@ const (
 	// payLimit bounds one payment, and one question for terms: a VM waits 10 s for its
 	// launcher.
 	payLimit = 20 * time.Second
+	// admitTries is how often a worker is asked whether it has admitted a channel; it waits
+	// for its launcher each time.
+	admitTries = 3
 	// fundLimit bounds opening a channel or topping one up.
 	fundLimit = 3 * time.Minute
 	// silence is how long a stream that is paid for may say nothing before it is paid
@@ -333,6 +337,7 @@ func (t *paying) prepare(ctx context.Context, spki [32]byte) (*pay.Accept, *purs
 		accept = nil
 	}
 	t.mu.Unlock()
+	var why string
 	for try := 0; ; try++ {
 		if accept != nil && account != nil && ready {
 			return accept, account, payment.Purse.Barred(payeeOf(accept))
@@ -345,6 +350,7 @@ func (t *paying) prepare(ctx context.Context, spki [32]byte) (*pay.Accept, *purs
 			if err != nil && !errors.Is(err, purse.ErrForeign) {
 				return nil, nil, err
 			}
+			why = terms.Error
 		}
 		t.mu.Lock()
 		accept, account, ready = t.accept, t.account, t.reconciled
@@ -372,14 +378,15 @@ func (t *paying) prepare(ctx context.Context, spki [32]byte) (*pay.Accept, *purs
 			continue
 		}
 		if !ready {
-			// The launcher admits the channel when it was named; that takes a look at the chain.
-			if try > 6 {
-				return nil, nil, fmt.Errorf("%w: it does not say where the channel %v stands", ErrHonour, account.ID())
+			// The launcher admits the channel once it was named, which takes a look at the
+			// chain.
+			if try > admitTries {
+				return nil, nil, fmt.Errorf("%w: it does not say where the channel %v stands: %s", ErrHonour, account.ID(), terminal.Line(why))
 			}
 			select {
 			case <-ctx.Done():
 				return nil, nil, ctx.Err()
-			case <-time.After(time.Duration(try) * 500 * time.Millisecond):
+			case <-time.After(500 * time.Millisecond):
 			}
 		}
 	}
@@ -401,15 +408,15 @@ func (t *paying) fund(ctx context.Context, a *pay.Accept, payee [32]byte) error 
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), fundLimit)
 	defer cancel()
 	t.mu.Lock()
-	except := t.except
+	except := maps.Clone(t.except)
 	t.mu.Unlock()
 	c, err := payment.Funds.Channel(ctx, purse.Demand{
-		Payee: payee, Deposit: deposit, Delay: time.Duration(a.Extra.MinDelay) * time.Second, Except: func(id voucher.Channel) bool { return except[id] },
+		Payee: payee, Deposit: deposit, Delay: time.Duration(a.Extra.MinDelay) * time.Second, Except: func(id voucher.Channel) bool { return except[id] || !payment.Purse.For(id, t.worker.endpoint) },
 	})
 	if err != nil {
 		return err
 	}
-	account, err := payment.Purse.Use(c)
+	account, err := payment.Purse.Use(c, t.worker.endpoint)
 	if errors.Is(err, purse.ErrForeign) {
 		t.mu.Lock()
 		t.except[c.ID] = true
@@ -467,7 +474,7 @@ func (t *paying) topUp(ctx context.Context, account *purse.Account) error {
 	defer cancel()
 	c, err := payment.Funds.TopUp(ctx, account.ID())
 	if err == nil {
-		_, err = payment.Purse.Use(c)
+		_, err = payment.Purse.Use(c, t.worker.endpoint)
 	}
 	return err
 }

@@ -45,6 +45,7 @@ type record struct {
 type accountRecord struct {
 	Channel voucher.Channel `json:"channel"`
 	Payee   voucher.Channel `json:"payee"` // 0:HEX
+	Worker  string          `json:"worker"`
 	Signed  uint64          `json:"signed"`
 	Taken   uint64          `json:"taken"`
 	Used    uint64          `json:"used"`
@@ -54,7 +55,7 @@ type accountRecord struct {
 }
 
 func (a *Account) record() accountRecord {
-	return accountRecord{a.id, voucher.Channel(a.payee), a.signed, a.taken, a.used, a.step, a.dirty, false}
+	return accountRecord{a.id, voucher.Channel(a.payee), a.worker, a.signed, a.taken, a.used, a.step, a.dirty, false}
 }
 
 // state is what a file says.
@@ -137,8 +138,8 @@ func (s *state) apply(r record) error {
 		case a.Gone:
 			delete(s.accounts, a.Channel)
 			continue
-		case known && before.Payee != a.Payee:
-			return fmt.Errorf("channel %v has another payee than before", a.Channel)
+		case known && (before.Payee != a.Payee || before.Worker != a.Worker):
+			return fmt.Errorf("channel %v has another payee or worker than before", a.Channel)
 		case known && a.Signed < before.Signed:
 			return fmt.Errorf("channel %v: %d is signed, after %d", a.Channel, a.Signed, before.Signed)
 		case a.Taken > a.Signed:
@@ -206,7 +207,7 @@ func (p *Purse) open() error {
 	}
 	for id, r := range s.accounts {
 		p.accounts[id] = &Account{
-			purse: p, id: id, payee: r.Payee, signed: r.Signed, taken: r.Taken, used: r.Used, step: r.Step, dirty: r.Dirty, running: map[*Request]bool{},
+			purse: p, id: id, payee: r.Payee, worker: r.Worker, signed: r.Signed, taken: r.Taken, used: r.Used, step: r.Step, dirty: r.Dirty, running: map[*Request]bool{},
 		}
 	}
 	p.bars = s.bars

@@ -72,6 +72,7 @@ type Bar struct {
 type State struct {
 	Channel voucher.Channel
 	Payee   voucher.Channel
+	Worker  string
 	Signed  uint64 // the total of the last voucher
 	Taken   uint64 // of that, what the payee is known to have
 	Used    uint64 // what was charged
@@ -101,9 +102,10 @@ type Purse struct {
 
 // An Account is one channel of a purse.
 type Account struct {
-	purse *Purse
-	id    voucher.Channel
-	payee [32]byte
+	purse  *Purse
+	id     voucher.Channel
+	payee  [32]byte
+	worker string // that is paid through it, and no other: two would be shown one voucher
 
 	// On disk:
 	signed, taken, used, step uint64
@@ -144,9 +146,10 @@ func (p *Purse) Payer(channel voucher.Channel, spki [32]byte) pay.Payer {
 	return pay.SignPayer(p.key, channel, spki)
 }
 
-// Use takes a channel that was proved into the purse, or what has changed of it. One
-// that the purse does not know begins with what was claimed.
-func (p *Purse) Use(c Channel) (*Account, error) {
+// Use takes a channel that was proved into the purse, to pay one worker by its
+// endpoint through it, or takes what has changed of it. One that the purse does not
+// know begins with what was claimed.
+func (p *Purse) Use(c Channel, worker string) (*Account, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if bar, ok := p.bars[c.Payee]; ok {
@@ -154,7 +157,10 @@ func (p *Purse) Use(c Channel) (*Account, error) {
 	}
 	a := p.accounts[c.ID]
 	if a == nil {
-		a = &Account{purse: p, id: c.ID, payee: c.Payee, signed: c.Claimed, taken: c.Claimed, used: c.Claimed, running: map[*Request]bool{}}
+		a = &Account{purse: p, id: c.ID, payee: c.Payee, worker: worker, signed: c.Claimed, taken: c.Claimed, used: c.Claimed, running: map[*Request]bool{}}
+		if len(worker) > maxReason {
+			return nil, fmt.Errorf("%.80q is not an endpoint", worker)
+		}
 		if err := p.append(true, record{Accounts: []accountRecord{a.record()}}); err != nil {
 			return nil, err
 		}
@@ -163,6 +169,8 @@ func (p *Purse) Use(c Channel) (*Account, error) {
 	switch {
 	case a.payee != c.Payee:
 		return nil, fmt.Errorf("%w: %v is known with another payee", ErrElsewhere, c.ID)
+	case a.worker != worker:
+		return nil, fmt.Errorf("%w: %v is for the worker %s", ErrElsewhere, c.ID, a.worker)
 	case c.Claimed > a.signed:
 		return nil, fmt.Errorf("%w: %d has been claimed, and %d was signed", ErrForeign, c.Claimed, a.signed)
 	}
@@ -170,11 +178,12 @@ func (p *Purse) Use(c Channel) (*Account, error) {
 	return a, nil
 }
 
-// Knows reports whether something was ever signed on a channel, or could have been.
-func (p *Purse) Knows(id voucher.Channel) bool {
+// For reports whether a channel can be used to pay a worker: it is not another's.
+func (p *Purse) For(id voucher.Channel, worker string) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.accounts[id] != nil
+	a := p.accounts[id]
+	return a == nil || a.worker == worker
 }
 
 // States are where the channels stand, in the order of their ids.
@@ -197,7 +206,7 @@ func (a *Account) State() State {
 }
 
 func (a *Account) state() State {
-	return State{a.id, voucher.Channel(a.payee), a.signed, a.taken, a.used, a.limit, a.last, len(a.running)}
+	return State{a.id, voucher.Channel(a.payee), a.worker, a.signed, a.taken, a.used, a.limit, a.last, len(a.running)}
 }
 
 // ID is the channel's.
