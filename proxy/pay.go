@@ -6,6 +6,7 @@ import (
 	"context"
 	"crypto/rand"
 	"crypto/sha256"
+	"crypto/tls"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -13,6 +14,7 @@ import (
 	"io"
 	"maps"
 	"net/http"
+	"net/http/httptrace"
 	"slices"
 	"strings"
 	"sync"
@@ -81,6 +83,9 @@ var (
 	ErrHonour  = errors.New("it does not honour what it was paid")
 )
 
+// errBooted says that a worker has another key than the one that is reckoned with.
+var errBooted = errors.New("it was booted anew")
+
 // payError is a reason not to use a worker that has to do with payment.
 type payError struct{ error }
 
@@ -128,6 +133,7 @@ func manifestOf(s *attest.Session) *manifest.Manifest {
 type paying struct {
 	worker  *worker
 	pumping atomic.Bool
+	topping atomic.Bool
 
 	setup sync.Mutex // held while terms are asked or a channel is found
 	send  sync.Mutex // held while a voucher is on its way: one at a time, since none may overtake another
@@ -140,8 +146,50 @@ type paying struct {
 	reconciled bool
 	except     map[voucher.Channel]bool // channels that must not be used
 	authority  string                   // the client's token
+	spans      []span
 	problem    string
 	until      time.Time // it is asked after others
+}
+
+// span is cover that was bought at some prices, at which it is used.
+type span struct {
+	until  uint64 // the voucher's total
+	prices []pay.ModelPrice
+}
+
+// maxSpans bounds how many are kept of one channel.
+const maxSpans = 16
+
+// bought notes at which prices a voucher was taken. t.mu is held.
+func (t *paying) bought(total uint64) {
+	if last := len(t.spans) - 1; last >= 0 && slices.Equal(t.spans[last].prices, t.accept.Extra.Models) {
+		t.spans[last].until = total
+		return
+	}
+	if t.spans = append(t.spans, span{total, t.accept.Extra.Models}); len(t.spans) > maxSpans {
+		t.spans = t.spans[1:]
+	}
+}
+
+// reckoned is the price that a request is reckoned at: the highest of now and of what
+// was bought before and is not used.
+func (t *paying) reckoned(m *manifest.Manifest, model string) pay.Price {
+	price := t.price(m, model)
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.account == nil {
+		return price
+	}
+	used := t.account.State().Used
+	t.spans = slices.DeleteFunc(t.spans, func(s span) bool { return s.until <= used })
+	for _, s := range t.spans {
+		for _, p := range s.prices {
+			if p.ID == model {
+				price = pay.Price{Prompt: max(price.Prompt, p.Prompt), Completion: max(price.Completion, p.Completion)}
+			}
+		}
+	}
+	return price
 }
 
 // price is what a model costs now, as far as it is known: by its ceiling before the
@@ -232,6 +280,18 @@ func (p *Payment) terms(t *pay.Terms, m *manifest.Manifest, endpoint string) (*p
 func (t *paying) exchange(ctx context.Context, v *voucher.Voucher) (terms *pay.Terms, ok bool, err error) {
 	ctx, cancel := context.WithTimeout(ctx, payLimit)
 	defer cancel()
+	t.mu.Lock()
+	spki := t.spki
+	t.mu.Unlock()
+	// A VM that was booted anew is paid when it has said what it remembers, and not
+	// before.
+	other := false
+	ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{GotConn: func(info httptrace.GotConnInfo) {
+		conn, ok := info.Conn.(*tls.Conn)
+		if other = !ok || sha256.Sum256(conn.ConnectionState().PeerCertificates[0].RawSubjectPublicKeyInfo) != spki; other {
+			info.Conn.Close()
+		}
+	}})
 	method := http.MethodGet
 	if v != nil {
 		method = http.MethodPost
@@ -251,6 +311,9 @@ func (t *paying) exchange(ctx context.Context, v *voucher.Voucher) (terms *pay.T
 	}
 	request.Header.Set("User-Agent", "chrysalis")
 	answer, err := t.worker.transport.RoundTrip(request)
+	if err != nil && other {
+		err = errBooted
+	}
 	if err != nil {
 		return nil, false, err
 	}
@@ -330,7 +393,7 @@ func (t *paying) prepare(ctx context.Context, spki [32]byte) (*pay.Accept, *purs
 	t.mu.Lock()
 	if t.spki != spki {
 		// It has another key than it had: it was booted anew, and must remember all.
-		t.spki, t.accept, t.reconciled = spki, nil, false
+		t.spki, t.accept, t.reconciled, t.spans = spki, nil, false, nil
 	}
 	accept, account, ready := t.accept, t.account, t.reconciled
 	if accept != nil && time.Since(t.at) > termsAge {
@@ -435,7 +498,6 @@ func (t *paying) fund(ctx context.Context, a *pay.Accept, payee [32]byte) error 
 func (t *paying) pay(ctx context.Context, step uint64, more bool) error {
 	t.send.Lock()
 	defer t.send.Unlock()
-	payment := t.worker.proxy.options.Payment
 	t.mu.Lock()
 	account := t.account
 	t.mu.Unlock()
@@ -444,10 +506,8 @@ func (t *paying) pay(ctx context.Context, step uint64, more bool) error {
 	}
 	ctx = context.WithoutCancel(ctx) // what is signed is to arrive
 	v, err := account.Sign(step, more)
-	if errors.Is(err, purse.ErrLimit) && payment.Funds != nil {
-		if err = t.topUp(ctx, account); err == nil {
-			v, err = account.Sign(step, more)
-		}
+	if t.room(ctx, account, err) {
+		v, err = account.Sign(step, more)
 	}
 	if err != nil || v == nil {
 		return err
@@ -462,10 +522,31 @@ func (t *paying) pay(ctx context.Context, step uint64, more bool) error {
 	if err := t.learn(terms); err != nil {
 		return err
 	}
+	if ok {
+		t.mu.Lock()
+		t.bought(v.Total)
+		t.mu.Unlock()
+	}
 	if !ok {
 		return fmt.Errorf("%w: it does not take a voucher: %s", ErrHonour, cmp.Or(terms.Error, "it does not say why"))
 	}
 	return nil
+}
+
+// room makes room in a channel for which something could not be signed, and reports
+// whether to try again.
+func (t *paying) room(ctx context.Context, account *purse.Account, why error) bool {
+	switch {
+	case errors.Is(why, purse.ErrLimit) && t.worker.proxy.options.Payment.Funds != nil:
+		if err := t.topUp(context.WithoutCancel(ctx), account); err != nil {
+			t.note(err)
+			return false
+		}
+	case !errors.Is(why, purse.ErrUnseen):
+		return false
+	}
+	terms, _, err := t.exchange(ctx, nil)
+	return err == nil && t.learn(terms) == nil
 }
 
 func (t *paying) topUp(ctx context.Context, account *purse.Account) error {
@@ -480,15 +561,14 @@ func (t *paying) topUp(ctx context.Context, account *purse.Account) error {
 }
 
 // pump pays what is due without having anybody wait.
-func (t *paying) pump(step uint64, more bool) {
+func (t *paying) pump(step uint64, then func()) {
 	if !t.pumping.CompareAndSwap(false, true) {
 		return
 	}
 	go func() {
 		defer t.pumping.Store(false)
-		if err := t.pay(context.Background(), step, more); err != nil && !errors.Is(err, purse.ErrAhead) {
-			t.note(err)
-		}
+		t.note(t.pay(context.Background(), step, false))
+		then()
 	}()
 }
 
@@ -500,6 +580,7 @@ type charge struct {
 	session *attest.Session
 	model   string
 	step    uint64
+	ceiling pay.Price
 	digest  string // of the request's body, as its receipt has it
 	salt    [receipt.SaltSize]byte
 	meter   *meter
@@ -521,6 +602,15 @@ func (p *Payment) acceptable(m *manifest.Manifest, ceiling pay.Price) error {
 // charge begins to pay for a request, or returns nil where nothing is to be paid. more
 // pays up to a step beyond what is due.
 func (w *worker) charge(ctx context.Context, r *http.Request, a asked, body []byte, salt string, more bool) (*charge, error) {
+	c, err := w.chargeOnce(ctx, r, a, body, salt, more)
+	if errors.Is(err, errBooted) {
+		// Its new key has been verified meanwhile.
+		c, err = w.chargeOnce(ctx, r, a, body, salt, more)
+	}
+	return c, err
+}
+
+func (w *worker) chargeOnce(ctx context.Context, r *http.Request, a asked, body []byte, salt string, more bool) (*charge, error) {
 	payment := w.proxy.options.Payment
 	if payment == nil || r.Method != http.MethodPost || !slices.Contains(priced, r.URL.Path) {
 		return nil, nil
@@ -568,22 +658,24 @@ func (w *worker) charge(ctx context.Context, r *http.Request, a asked, body []by
 	if price.Free() {
 		return nil, t.note(nil)
 	}
-	c := &charge{paying: t, account: account, session: session, model: model, step: ceilings.Step}
+	c := &charge{paying: t, account: account, session: session, model: model, step: ceilings.Step, ceiling: ceilings.Models[model]}
 	if c.salt, err = receipt.ParseSalt(salt); err != nil {
 		rand.Read(c.salt[:]) // the client has none, or one that the VM would refuse
 	}
 	h := receipt.NewHash(c.salt)
 	h.Write(body)
 	c.digest = hex.EncodeToString(h.Sum(nil))
+	price = t.reckoned(m, model)
+	if more {
+		price = ceilings.Models[model] // what it was bought at may not be known here
+	}
 	begin := purse.Begin{Price: price, Ceiling: ceilings.Models[model], Step: ceilings.Step, Request: int64(len(body)), Asked: max(0, cmp.Or(a.MaxTokens, a.MaxCompletionTokens))}
 	if !a.Stream && r.URL.Path != "/v1/embeddings" {
 		begin.Reserve = cmp.Or(begin.Asked, unstreamed)
 	}
 	c.request, err = account.Begin(begin)
-	if errors.Is(err, purse.ErrLimit) && payment.Funds != nil {
-		if err = t.topUp(context.WithoutCancel(ctx), account); err == nil {
-			c.request, err = account.Begin(begin)
-		}
+	if t.room(ctx, account, err) {
+		c.request, err = account.Begin(begin)
 	}
 	if err != nil {
 		return fail(err)
@@ -598,6 +690,14 @@ func (w *worker) charge(ctx context.Context, r *http.Request, a asked, body []by
 			t.pause(err)
 			return nil, payError{err}
 		}
+	}
+	if payment.Funds != nil && account.Low(2*c.step) && t.topping.CompareAndSwap(false, true) {
+		go func() {
+			defer t.topping.Store(false)
+			if err := t.topUp(context.Background(), account); err != nil && !errors.Is(err, purse.ErrBudget) {
+				t.note(err)
+			}
+		}()
 	}
 	c.request.Sent()
 	return c, nil
@@ -645,7 +745,7 @@ func (c *charge) begin(answer *http.Response) {
 	c.meter = newMeter(c.salt, strings.TrimSpace(kind) == "text/event-stream", func(n int64) {
 		c.request.Text(n)
 		if c.account.Due() {
-			c.paying.pump(c.step, false)
+			c.paying.pump(c.step, c.reprice)
 		}
 	})
 }
@@ -656,8 +756,47 @@ func (c *charge) listen() (heard func()) {
 	if c == nil || c.ended || !c.meter.stream {
 		return func() {}
 	}
-	timer := time.AfterFunc(silence, func() { c.paying.pump(c.step, true) })
-	return func() { timer.Stop() }
+	ctx, cancel := context.WithCancel(context.Background())
+	timer := time.AfterFunc(silence, func() { c.urge(ctx) })
+	return func() {
+		timer.Stop()
+		cancel()
+	}
+}
+
+// urge has a stream go on that waits to be paid for more than is due as this side sees
+// it: its next piece is large, or its price is higher than what was last said.
+func (c *charge) urge(ctx context.Context) {
+	t := c.paying
+	for tries := 0; ctx.Err() == nil; tries++ {
+		if err := t.pay(ctx, c.step, true); err != nil {
+			// Nothing was said that could be learnt from.
+			if terms, _, failed := t.exchange(ctx, nil); failed == nil {
+				t.learn(terms)
+			}
+			if !errors.Is(err, purse.ErrAhead) {
+				t.note(err)
+			}
+		}
+		if c.reprice(); ctx.Err() == nil && tries > 0 {
+			// What its cover was bought at may not be known here.
+			c.request.Raise(c.ceiling)
+		}
+		if c.account.Due() && t.pay(ctx, c.step, false) == nil {
+			continue
+		}
+		select {
+		case <-ctx.Done():
+		case <-time.After(silence):
+		}
+	}
+}
+
+// reprice reckons with the price that the worker said last.
+func (c *charge) reprice() {
+	if _, m := c.paying.worker.verifiedSession(); m != nil {
+		c.request.Raise(c.paying.reckoned(m, c.model))
+	}
 }
 
 // write takes the next piece.
@@ -811,7 +950,7 @@ func (w *worker) quote(ctx context.Context, model string) Quote {
 	defer t.setup.Unlock()
 	t.mu.Lock()
 	if spki := sha256.Sum256(session.TLSKey); t.spki != spki {
-		t.spki, t.accept, t.reconciled = spki, nil, false
+		t.spki, t.accept, t.reconciled, t.spans = spki, nil, false, nil
 	}
 	if token := w.proxy.options.Token; token != "" {
 		t.authority = "Bearer " + token

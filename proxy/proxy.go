@@ -251,8 +251,8 @@ func busy(status int) bool {
 // is tried once more, with another voucher.
 func (p *Proxy) tryPaid(worker *worker, r *http.Request, body []byte, ask asked) (answer *http.Response, c *charge, patience *patience, done func(status int), err error) {
 	header, salt := http.Header{}, r.Header.Get(receipt.SaltHeader)
-	for again := false; ; again = true {
-		c, err = worker.charge(r.Context(), r, ask, body, salt, again)
+	for try := 1; ; try++ {
+		c, err = worker.charge(r.Context(), r, ask, body, salt, try > 1)
 		if err != nil {
 			return nil, nil, nil, nil, err
 		}
@@ -275,11 +275,17 @@ func (p *Proxy) tryPaid(worker *worker, r *http.Request, body []byte, ask asked)
 		err = worker.refused(c, answer)
 		answer.Body.Close()
 		done(answer.StatusCode)
-		if again || !errors.Is(err, ErrHonour) {
-			if errors.Is(err, ErrHonour) {
-				worker.paying.pause(err)
-			}
+		switch {
+		case !errors.Is(err, ErrHonour):
 			return nil, nil, nil, nil, payError{err}
+		case try >= 2 && (c == nil || !c.account.Doubted()) || try >= 5:
+			return nil, nil, nil, nil, payError{worker.paying.pause(err)}
+		case try >= 2:
+			// It may still hold what requests that were left could come to.
+			select {
+			case <-r.Context().Done():
+			case <-time.After(200 * time.Millisecond):
+			}
 		}
 	}
 }

@@ -33,6 +33,7 @@ var (
 	ErrBroken    = errors.New("the purse cannot be written; nothing more is signed")
 	ErrBudget    = errors.New("the budget is used up")
 	ErrLimit     = errors.New("the channel holds no more; top it up")
+	ErrUnseen    = errors.New("the payee has not seen yet that the channel was topped up; it looks every minute")
 	ErrAhead     = errors.New("nothing is due: what is signed is a step ahead already")
 	ErrBarred    = errors.New("the payee broke the rules, and is paid no more")
 	ErrUnknown   = errors.New("what was used of the channel must be asked first")
@@ -113,8 +114,9 @@ type Account struct {
 
 	// Not on disk:
 	limit   uint64
-	known   bool // the payee has said where it stands since the purse was opened
-	ready   bool // the channel was proved
+	theirs  uint64 // the limit that the payee goes by; 0 where it has said none
+	known   bool   // the payee has said where it stands since the purse was opened
+	ready   bool   // the channel was proved
 	held    uint64
 	running map[*Request]bool
 	doubts  []doubt
@@ -329,6 +331,7 @@ func (a *Account) Reconcile(c pay.Credit) error {
 	case c.Used > most:
 		return a.bar(fmt.Errorf("%w: it says that %d nanotons were used, and it can be %d at most", ErrLostCredit, c.Used, most))
 	}
+	a.theirs = c.Limit
 	if len(a.running) > 0 {
 		a.known = true
 		return nil
@@ -424,15 +427,38 @@ func (a *Account) owed() uint64 {
 func (a *Account) most(step uint64) (uint64, error) {
 	p := a.purse
 	left := p.budget - p.spent
+	limit, why := a.limit, ErrLimit
+	if a.theirs != 0 && a.theirs < limit {
+		if limit = a.theirs; add(limit, step) <= a.limit {
+			why = ErrUnseen
+		}
+	}
+	room := limit - min(limit, a.signed)
 	switch {
-	case a.limit <= a.signed:
-		return a.signed, fmt.Errorf("%w: %d nanotons, of which %d are signed", ErrLimit, a.limit, a.signed)
-	case a.limit-a.signed <= left:
-		return a.limit, fmt.Errorf("%w: %d nanotons, of which %d are signed", ErrLimit, a.limit, a.signed)
+	case room == 0, room <= left && room < step && limit != a.theirs:
+		return a.signed, fmt.Errorf("%w: %d nanotons, of which %d are signed", why, limit, a.signed)
+	case room <= left:
+		return limit, fmt.Errorf("%w: %d nanotons, of which %d are signed", why, limit, a.signed)
 	case left < step:
 		return a.signed, fmt.Errorf("%w: %d of %d nanotons are signed, and the next voucher would add %d at least", ErrBudget, p.spent, p.budget, step)
 	}
 	return a.signed + left, fmt.Errorf("%w: %d of %d nanotons are signed", ErrBudget, p.spent, p.budget)
+}
+
+// Low reports whether the channel should be topped up, before that is waited for:
+// there is room for less than so much.
+func (a *Account) Low(room uint64) bool {
+	a.purse.mu.Lock()
+	defer a.purse.mu.Unlock()
+	return a.ready && a.limit-min(a.limit, a.signed) < room
+}
+
+// Doubted reports whether the payee may still reckon with requests that were left.
+func (a *Account) Doubted() bool {
+	a.purse.mu.Lock()
+	defer a.purse.mu.Unlock()
+	_, most := a.doubted()
+	return most > 0
 }
 
 func (r *Request) rehold() {
@@ -440,6 +466,19 @@ func (r *Request) rehold() {
 	a.held -= r.hold
 	r.hold = r.price.Cost(r.bounds.MaxPrompt(), max(r.bounds.MaxCompletion(), r.reserve))
 	a.held = add(a.held, r.hold)
+}
+
+// Raise reckons with a higher price from now on, where the payee says one, up to the
+// ceiling.
+func (r *Request) Raise(p pay.Price) {
+	r.account.purse.mu.Lock()
+	defer r.account.purse.mu.Unlock()
+	p = pay.Price{Prompt: max(p.Prompt, r.price.Prompt), Completion: max(p.Completion, r.price.Completion)}
+	if r.ended || p == r.price || p.Under(r.ceiling) != nil {
+		return
+	}
+	r.price = p
+	r.rehold()
 }
 
 // Sent is called when the request is about to be sent: what the payee has by then it
@@ -503,7 +542,7 @@ func (a *Account) Sign(step uint64, more bool) (*voucher.Voucher, error) {
 		total = max(total, ceiling)
 	}
 	most, why := a.most(step)
-	if total = min(total, most, ceiling); total <= a.signed || total-a.signed < step && total < a.limit {
+	if total = min(total, most, ceiling); total <= a.signed || total-a.signed < step && total != a.theirs {
 		return nil, why
 	}
 	before, spent := a.signed, p.spent
@@ -559,10 +598,9 @@ func (r *Request) Settle(c Receipt) error {
 		a.used = add(a.used, min(c.Charged, r.hold))
 		return errors.Join(a.bar(err), p.append(false, record{Accounts: []accountRecord{a.record()}}))
 	}
+	// Not what the receipt says is used: those of requests at the same time come in any
+	// order.
 	a.used = add(a.used, c.Charged)
-	if _, doubted := a.doubted(); len(a.running) == 0 && doubted == 0 {
-		a.used = c.Used // no more than that, as was checked
-	}
 	a.last, a.taken = p.now(), max(a.taken, c.Cover)
 	return p.append(false, record{Accounts: []accountRecord{a.record()}})
 }
