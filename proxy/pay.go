@@ -63,7 +63,7 @@ type Payment struct {
 	Funds    Funds
 	// Payees are whom workers' offers name, by endpoint; one whose terms name another is
 	// not paid.
-	Payees map[string]voucher.Channel
+	Payees map[string][]voucher.Channel
 }
 
 // Funds has channels.
@@ -270,8 +270,8 @@ func (p *Payment) terms(t *pay.Terms, m *manifest.Manifest, endpoint string) (*p
 	if err != nil {
 		return nil, bad("%v", err)
 	}
-	if offered, ok := p.Payees[endpoint]; ok && offered != payee {
-		return nil, bad("they name another payee than its offer does")
+	if offered, ok := p.Payees[endpoint]; ok && !slices.Contains(offered, payee) {
+		return nil, bad("they name another payee than its offers do")
 	}
 	return a, nil
 }
@@ -402,7 +402,7 @@ func (t *paying) prepare(ctx context.Context, spki [32]byte) (*pay.Accept, *purs
 	t.mu.Unlock()
 	var why string
 	for try := 0; ; try++ {
-		if accept != nil && account != nil && ready {
+		if accept != nil && account != nil && ready && !account.Retired() && account.State().Payee == voucher.Channel(payeeOf(accept)) {
 			return accept, account, payment.Purse.Barred(payeeOf(accept))
 		}
 		if accept == nil || account != nil && !ready {
@@ -425,8 +425,11 @@ func (t *paying) prepare(ctx context.Context, spki [32]byte) (*pay.Accept, *purs
 		if err := payment.Purse.Barred(payee); err != nil {
 			return nil, nil, err
 		}
-		if account != nil && account.State().Payee != voucher.Channel(payee) {
-			account = nil // it is somebody else who is paid now
+		if account != nil && (account.Retired() || account.State().Payee != voucher.Channel(payee)) {
+			account = nil // it is being closed, or it is somebody else who is paid now
+			t.mu.Lock()
+			t.account, t.reconciled = nil, false
+			t.mu.Unlock()
 		}
 		if account == nil {
 			if try > 3 {

@@ -62,6 +62,7 @@ func (a *Account) record() accountRecord {
 type state struct {
 	accounts map[voucher.Channel]accountRecord
 	bars     map[[32]byte]Bar
+	mend     bool // the last line has no end
 }
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
@@ -99,7 +100,7 @@ func decode(line []byte) (r record, err error) {
 
 // read reads a file. end is how much of it is whole.
 func read(data []byte, title string) (s state, end int, err error) {
-	s = state{map[voucher.Channel]accountRecord{}, map[[32]byte]Bar{}}
+	s = state{map[voucher.Channel]accountRecord{}, map[[32]byte]Bar{}, false}
 	for number := 1; ; number++ {
 		length := bytes.IndexByte(data[end:], '\n')
 		if length < 0 {
@@ -121,10 +122,17 @@ func read(data []byte, title string) (s state, end int, err error) {
 		}
 		end += length + 1
 	}
-	// A last line whose end alone is missing was whole once.
-	if tail := data[end:]; len(tail) > 1 {
-		if _, err := decode(tail[:len(tail)-1]); err == nil {
-			return s, 0, errors.New("its last line does not end")
+	// A last line of which the end alone is missing may have been given out.
+	if tail := data[end:]; end > 0 && len(tail) > 1 {
+		r, err := decode(tail)
+		if err != nil {
+			r, err = decode(tail[:len(tail)-1])
+		}
+		if err == nil {
+			if err := s.apply(r); err != nil {
+				return s, 0, fmt.Errorf("its last line: %w", err)
+			}
+			s.mend = true
 		}
 	}
 	return s, end, nil
@@ -211,7 +219,7 @@ func (p *Purse) open() error {
 		}
 	}
 	p.bars = s.bars
-	if len(data) > compactSize {
+	if len(data) > compactSize || s.mend {
 		return p.rewrite()
 	}
 	f, err := os.OpenFile(p.path, os.O_RDWR, 0o600)

@@ -117,6 +117,7 @@ type Account struct {
 	theirs  uint64 // the limit that the payee goes by; 0 where it has said none
 	known   bool   // the payee has said where it stands since the purse was opened
 	ready   bool   // the channel was proved
+	retired bool   // it is to be closed
 	held    uint64
 	running map[*Request]bool
 	doubts  []doubt
@@ -186,6 +187,27 @@ func (p *Purse) For(id voucher.Channel, worker string) bool {
 	defer p.mu.Unlock()
 	a := p.accounts[id]
 	return a == nil || a.worker == worker
+}
+
+// Retire has nothing more paid through a channel on which nothing runs, since it is to
+// be closed, and reports whether it did. It is not remembered: what is said of the
+// channel on the chain is.
+func (p *Purse) Retire(id voucher.Channel) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	a := p.accounts[id]
+	if a == nil || a.retired || len(a.running) > 0 {
+		return false
+	}
+	a.retired = true
+	return true
+}
+
+// Retired reports whether the channel is to be closed.
+func (a *Account) Retired() bool {
+	a.purse.mu.Lock()
+	defer a.purse.mu.Unlock()
+	return a.retired
 }
 
 // States are where the channels stand, in the order of their ids.
@@ -383,7 +405,7 @@ func (a *Account) Begin(b Begin) (*Request, error) {
 	switch {
 	case p.broken != nil:
 		return nil, p.broken
-	case !a.known || !a.ready:
+	case !a.known || !a.ready || a.retired:
 		return nil, ErrUnknown
 	case b.Step == 0 || b.Step > pay.MaxStep:
 		return nil, fmt.Errorf("a voucher step of %d nanotons; from 1 to %d are possible", b.Step, int64(pay.MaxStep))
@@ -519,7 +541,7 @@ func (a *Account) Sign(step uint64, more bool) (*voucher.Voucher, error) {
 	if bar, ok := p.bars[a.payee]; ok {
 		return nil, bar.err()
 	}
-	if !a.known || !a.ready {
+	if !a.known || !a.ready || a.retired {
 		return nil, ErrUnknown
 	}
 	if step == 0 || step > pay.MaxStep {
