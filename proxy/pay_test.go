@@ -356,9 +356,9 @@ func body(stream bool, more string) string {
 }
 
 // served asks and fails the test unless an answer comes.
-func (w *paidWorld) served(t *testing.T, ask string) string {
+func (w *paidWorld) served(t *testing.T, ask string, header ...string) string {
 	t.Helper()
-	answer, text := w.post(t, ask)
+	answer, text := w.post(t, ask, header...)
 	if answer.StatusCode != 200 || strings.Contains(text, `"error"`) {
 		t.Fatalf("%d %s", answer.StatusCode, text)
 	}
