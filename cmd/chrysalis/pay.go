@@ -40,17 +40,17 @@ type payFlags struct {
 func (f *payFlags) given() (bool, error) {
 	var missing, extra []string
 	for _, flag := range []struct {
-		name     string
-		given    bool
-		required bool
+		name  string
+		given bool
+		value string // of one that must be there
 	}{
-		{"--budget=TON", f.Budget != "", true}, {"--key-file=FILE", f.KeyFile != "", true},
-		{"--deposit", f.Deposit != "", false}, {"--close-idle", f.CloseIdle != nil, false}, {"--dry-run", f.DryRun, false}, {"--yes", f.Yes, false},
+		{"--budget", f.Budget != "", "TON"}, {"--key-file", f.KeyFile != "", "FILE"},
+		{"--deposit", f.Deposit != "", ""}, {"--close-idle", f.CloseIdle != nil, ""}, {"--dry-run", f.DryRun, ""}, {"--yes", f.Yes, ""},
 	} {
-		if flag.required && !flag.given {
-			missing = append(missing, flag.name)
+		if flag.value != "" && !flag.given {
+			missing = append(missing, flag.name+"="+flag.value)
 		}
-		if flag.given && flag.name != "--key-file=FILE" { // that may come from the environment
+		if flag.given && flag.name != "--key-file" { // that may come from the environment
 			extra = append(extra, flag.name)
 		}
 	}
@@ -71,7 +71,6 @@ type cashier struct {
 	purse    *purse.Purse
 	funds    *funds.Funds
 	reader   registry.Reader
-	show     *steps
 	began    time.Time
 	maxPrice uint64
 	budget   uint64
@@ -82,7 +81,7 @@ type cashier struct {
 
 // open opens the purse and the wallet.
 func (f *payFlags) open(ton *tonFlags) (c *cashier, err error) {
-	c = &cashier{flags: f, began: time.Now(), show: newSteps()}
+	c = &cashier{flags: f, began: time.Now()}
 	for _, amount := range []struct {
 		flag, text string
 		to         *uint64
@@ -102,10 +101,11 @@ func (f *payFlags) open(ton *tonFlags) (c *cashier, err error) {
 	if err != nil {
 		return nil, err
 	}
-	publisher, err := f.wallet(false).publisher(ton, "", c.show)
+	publisher, err := f.wallet(false).publisher(ton, "", nil)
 	if err != nil {
 		return nil, err
 	}
+	publisher.Progress = nil // what is done is told once for each channel
 	c.reader = publisher.Reader
 	own, err := own()
 	if err != nil {
@@ -130,7 +130,6 @@ func (c *cashier) close() error {
 			err = c.purse.Close()
 		}
 		c.reader.Client.Close()
-		c.show.done()
 	})
 	return err
 }
