@@ -89,7 +89,9 @@ func TestChain(t *testing.T) {
 	vm.Boot()
 	worker, err := apitest.Start(vm.Manifest, nil, func(c *api.Config) {
 		c.Certificate, c.ReceiptKey = vm.TLS, vm.ReceiptKey
-		c.Evidence = func(_ context.Context, nonce [evidence.NonceSize]byte) ([]byte, error) { return vm.Evidence(nonce[:]), nil }
+		c.Evidence = func(_ context.Context, nonce [evidence.NonceSize]byte) ([]byte, error) {
+			return vm.Evidence(nonce[:]), nil
+		}
 	})
 	if err != nil {
 		t.Fatal(err)

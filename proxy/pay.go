@@ -586,6 +586,7 @@ type charge struct {
 	ceiling pay.Price
 	digest  string // of the request's body, as its receipt has it
 	salt    [receipt.SaltSize]byte
+	short   error // why less is covered than was to be
 	meter   *meter
 	ended   bool
 }
@@ -686,7 +687,7 @@ func (w *worker) chargeOnce(ctx context.Context, r *http.Request, a asked, body 
 	if more || account.Due() {
 		err := t.pay(ctx, c.step, more)
 		if errors.Is(err, purse.ErrBudget) || errors.Is(err, purse.ErrLimit) || errors.Is(err, purse.ErrAhead) {
-			err = nil // what was signed may do; the VM decides
+			c.short, err = err, nil // what was signed may do; the VM decides
 		}
 		if err != nil {
 			c.request.Unanswered()
@@ -717,6 +718,9 @@ func (w *worker) refused(c *charge, answer *http.Response) error {
 	terms, err := readTerms(answer)
 	if err == nil {
 		err = w.paying.learn(terms)
+	}
+	if err == nil && c != nil && (errors.Is(c.short, purse.ErrBudget) || errors.Is(c.short, purse.ErrLimit)) {
+		err = c.short // it cannot be expected to
 	}
 	if err != nil {
 		return payError{w.paying.note(err)}

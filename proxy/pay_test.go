@@ -657,6 +657,8 @@ func TestBudget(t *testing.T) {
 	w.vault.mu.Lock()
 	w.vault.top = 4 * payStep
 	w.vault.mu.Unlock()
+	w.tills[0].patient.Store(1000)
+	w.tills[0].words.Store(300)
 	w.tills[0].admit(pay.Admission{Channel: w.state(t, 0).Channel, Key: voucher.Key(payerKey.Public().(ed25519.PublicKey)), Limit: 7*payStep + 7})
 	w.served(t, body(true, ""))
 	if s := w.state(t, 0); s.Limit != 7*payStep+7 {

@@ -420,9 +420,13 @@ func (a *Account) Begin(b Begin) (*Request, error) {
 	if r.bounds.Asked > 0 {
 		r.reserve = min(r.reserve, r.bounds.Asked)
 	}
-	// What the payee covers itself, a step, is not counted on but where nothing else is
-	// left.
-	least := add(a.owed(), r.price.Cost(r.bounds.MaxPrompt(), min(r.bounds.MaxCompletion(), 1)))
+	// A payee demands that the prompt's bounds are covered but for a step, and a token of
+	// an answer that is no stream, or those of a stream that need no text.
+	tokens := r.bounds.MaxCompletion()
+	if r.reserve > 0 {
+		tokens = min(tokens, 1)
+	}
+	least := add(a.owed(), r.price.Cost(r.bounds.MaxPrompt(), tokens))
 	if most, why := a.most(b.Step); least > add(most, b.Step) || a.owed() >= most && !r.price.Free() {
 		return nil, why
 	}
