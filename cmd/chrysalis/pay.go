@@ -112,8 +112,7 @@ func (f *payFlags) open(ton *tonFlags) (c *cashier, err error) {
 		return nil, errors.Join(err, c.close())
 	}
 	globalID := publisher.Reader.Client.Network().GlobalID
-	name := fmt.Sprintf("purse-%d-%x", globalID, publisher.Wallet.Address.ID[:8])
-	if c.purse, err = purse.Open(filepath.Join(state, "ton", name), globalID, key, c.budget); err != nil {
+	if c.purse, err = purse.Open(purseDir(state, publisher.Wallet, globalID), globalID, key, c.budget); err != nil {
 		return nil, errors.Join(err, c.close())
 	}
 	c.funds = funds.New(funds.Options{
@@ -121,6 +120,54 @@ func (f *payFlags) open(ton *tonFlags) (c *cashier, err error) {
 		Progress: func(what string) { fmt.Fprintln(os.Stderr, what) },
 	})
 	return c, nil
+}
+
+// purseDir is where a wallet's purse is.
+func purseDir(state string, w *registry.Wallet, globalID int32) string {
+	return filepath.Join(state, "ton", fmt.Sprintf("purse-%d-%x", globalID, w.Address.ID[:8]))
+}
+
+// ChannelForgiveCmd has a payee paid again.
+type ChannelForgiveCmd struct {
+	tonFlags
+	KeyFile string `required:"" env:"CHRYSALIS_TON_KEY" placeholder:"FILE" help:"The key of the wallet that paid."`
+	Wallet  string `enum:"v4r2,v5r1" default:"v5r1" help:"The wallet's version, v4r2 or v5r1 (default: ${default})."`
+	Payee   string `arg:"" optional:"" help:"Who is to be paid again; without it those are listed that are paid no more, and why."`
+}
+
+// Run forgives, or lists.
+func (c *ChannelForgiveCmd) Run() error {
+	network, err := c.named()
+	if err != nil {
+		return err
+	}
+	state, err := launcher.StateDir()
+	if err != nil {
+		return err
+	}
+	key, wallet, err := c.wallet(c.KeyFile, c.Wallet)
+	if err != nil {
+		return err
+	}
+	p, err := purse.Open(purseDir(state, wallet, network.GlobalID), network.GlobalID, key, 0)
+	if err != nil {
+		return err
+	}
+	if c.Payee == "" {
+		for _, b := range p.Bars() {
+			fmt.Printf("%s\t%s\t%s\n", lite.Address{ID: b.Payee}, b.Time.Format(time.DateOnly), terminal.Line(b.Reason))
+		}
+		return p.Close()
+	}
+	payee, err := lite.ParseAddress(c.Payee)
+	var ok bool
+	if err == nil {
+		ok, err = p.Forgive(payee.ID)
+	}
+	if err == nil && !ok {
+		err = fmt.Errorf("%s is not one that is paid no more; see 'chrysalis channel forgive'", payee)
+	}
+	return errors.Join(err, p.Close())
 }
 
 func (c *cashier) close() error {

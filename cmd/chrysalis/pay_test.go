@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -23,6 +24,7 @@ import (
 	"chrysalis/manifest"
 	"chrysalis/measure/record"
 	"chrysalis/pay"
+	"chrysalis/pay/purse"
 	"chrysalis/registry"
 	"chrysalis/registry/lite"
 )
@@ -249,6 +251,48 @@ func TestProxyPays(t *testing.T) {
 	}
 	if out := deposits(); strings.Count(out, "closing until") != 1 {
 		t.Errorf("%s", out)
+	}
+	// A payee that broke the rules is listed, and forgiven once.
+	key, err := registry.LoadKey(payer)
+	if err != nil {
+		t.Fatal(err)
+	}
+	wallet, err := registry.NewWallet(key, "v5r1", chain.GlobalID())
+	if err != nil {
+		t.Fatal(err)
+	}
+	ledger, err := purse.Open(purseDir(filepath.Join(dir, "chrysalis"), wallet, chain.GlobalID()), chain.GlobalID(), key, 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	list := ledger.States()
+	if len(list) != 1 || list[0].Used == 0 || list[0].Signed < list[0].Used {
+		t.Fatalf("%+v", list)
+	}
+	// Two at a time are refused.
+	if _, err := run(t.Context(), with("--max-price", "3", "--budget", "1", "--yes")...); !errors.Is(err, purse.ErrLocked) {
+		t.Error(err)
+	}
+	account, err := ledger.Use(purse.Channel{ID: list[0].Channel, Payee: list[0].Payee, Limit: 1 << 40}, worker.URL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	account.Bar(purse.ErrNoReceipt)
+	if err := ledger.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if text, err := run(t.Context(), with("--max-price", "3", "--budget", "1", "--yes")...); err == nil || !strings.Contains(text, purse.ErrNoReceipt.Error()) {
+		t.Errorf("%v\n%s", err, text)
+	}
+	owned := publisher.Wallet.Address.String()
+	if out, err := runCommand(t, "channel", "forgive", "--key-file", payer); err != nil || !strings.Contains(out, owned) || !strings.Contains(out, purse.ErrNoReceipt.Error()) {
+		t.Errorf("%v\n%s", err, out)
+	}
+	if _, err := runCommand(t, "channel", "forgive", "--key-file", payer, owned); err != nil {
+		t.Error(err)
+	}
+	if _, err := runCommand(t, "channel", "forgive", "--key-file", payer, owned); err == nil {
+		t.Error("forgiven twice")
 	}
 	// chat says what is to be done.
 	c, err := parse(t, "chat", "--endpoint", worker.URL, "--policy", trust.Policy, "--record", trust.Record[0], "--model", "test/model", "hello")
