@@ -51,9 +51,6 @@ const (
 	// pausePaying is for how long a worker that does not honour what it was paid is asked
 	// after others.
 	pausePaying = time.Minute
-	// unstreamed is for how many tokens an answer is covered that is no stream and for
-	// which the client sets no limit. The VM makes it no longer than what is covered.
-	unstreamed = 4096
 )
 
 // Payment is how a proxy pays.
@@ -675,7 +672,7 @@ func (w *worker) chargeOnce(ctx context.Context, r *http.Request, a asked, body 
 	}
 	begin := purse.Begin{Price: price, Ceiling: ceilings.Models[model], Step: ceilings.Step, Request: int64(len(body)), Asked: max(0, cmp.Or(a.MaxTokens, a.MaxCompletionTokens))}
 	if !a.Stream && r.URL.Path != "/v1/embeddings" {
-		begin.Reserve = cmp.Or(begin.Asked, unstreamed)
+		begin.Reserve = cmp.Or(begin.Asked, pay.DefaultAnswer)
 	}
 	c.request, err = account.Begin(begin)
 	if t.room(ctx, account, err) {

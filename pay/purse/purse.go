@@ -49,8 +49,9 @@ var (
 	ErrLostCredit  = errors.New("it has lost credit that was paid")
 )
 
-// doubtAge is how long a payee may take to charge for a request that this side left.
-const doubtAge = 2 * time.Minute
+// doubtAge is how long a payee may take to charge for a request that this side left: it
+// may notice only when the answer is at its end.
+const doubtAge = 20 * time.Minute
 
 // A Channel is one that pays a payee, as it was proved.
 type Channel struct {
