@@ -2,7 +2,6 @@ package proxy
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"net/http/httptrace"
@@ -37,7 +36,7 @@ type patience struct {
 // wait returns the patience with one request, and the context to make it in. The
 // step that begins is to get a connection, evidence included, which the transport
 // bounds.
-func (w *worker) wait(ctx context.Context, body []byte) (context.Context, *patience) {
+func (w *worker) wait(ctx context.Context, stream bool) (context.Context, *patience) {
 	w.mu.Lock()
 	limits := manifest.DefaultLimits
 	if w.manifest != nil {
@@ -47,8 +46,7 @@ func (w *worker) wait(ctx context.Context, body []byte) (context.Context, *patie
 	seconds := func(n int) time.Duration { return time.Duration(n)*time.Second + grace }
 	ctx, cancel := context.WithCancelCause(ctx)
 	p := &patience{ctx: ctx, cancel: cancel, most: w.proxy.options.Patience, answer: seconds(limits.TotalSeconds), idle: seconds(limits.IdleSeconds)}
-	var asked struct{ Stream bool }
-	if json.Unmarshal(body, &asked); asked.Stream {
+	if stream {
 		p.answer = p.idle // what a VM waits for an engine's first event
 	}
 	return httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{

@@ -506,8 +506,10 @@ func (t *paying) pay(ctx context.Context, step uint64, more bool) error {
 	}
 	ctx = context.WithoutCancel(ctx) // what is signed is to arrive
 	v, err := account.Sign(step, more)
-	if t.room(ctx, account, err) {
-		v, err = account.Sign(step, more)
+	if err != nil {
+		if err = t.room(ctx, account, err); err == nil {
+			v, err = account.Sign(step, more)
+		}
 	}
 	if err != nil || v == nil {
 		return err
@@ -533,20 +535,22 @@ func (t *paying) pay(ctx context.Context, step uint64, more bool) error {
 	return nil
 }
 
-// room makes room in a channel for which something could not be signed, and reports
-// whether to try again.
-func (t *paying) room(ctx context.Context, account *purse.Account, why error) bool {
+// room makes room in a channel, if that is why something could not be signed; nil says
+// to try again.
+func (t *paying) room(ctx context.Context, account *purse.Account, why error) error {
 	switch {
 	case errors.Is(why, purse.ErrLimit) && t.worker.proxy.options.Payment.Funds != nil:
 		if err := t.topUp(context.WithoutCancel(ctx), account); err != nil {
-			t.note(err)
-			return false
+			return fmt.Errorf("%w: %w", why, err)
 		}
 	case !errors.Is(why, purse.ErrUnseen):
-		return false
+		return why
 	}
 	terms, _, err := t.exchange(ctx, nil)
-	return err == nil && t.learn(terms) == nil
+	if err != nil {
+		return err
+	}
+	return t.learn(terms)
 }
 
 func (t *paying) topUp(ctx context.Context, account *purse.Account) error {
@@ -560,15 +564,21 @@ func (t *paying) topUp(ctx context.Context, account *purse.Account) error {
 	return err
 }
 
-// pump pays what is due without having anybody wait.
-func (t *paying) pump(step uint64, then func()) {
+// pump pays what is due, and what has become due meanwhile, without having anybody
+// wait.
+func (c *charge) pump() {
+	t := c.paying
 	if !t.pumping.CompareAndSwap(false, true) {
 		return
 	}
 	go func() {
 		defer t.pumping.Store(false)
-		t.note(t.pay(context.Background(), step, false))
-		then()
+		for {
+			err := t.note(t.pay(context.Background(), c.step, false))
+			if c.reprice(); err != nil || !c.account.Due() {
+				return
+			}
+		}
 	}()
 }
 
@@ -675,8 +685,10 @@ func (w *worker) chargeOnce(ctx context.Context, r *http.Request, a asked, body 
 		begin.Reserve = cmp.Or(begin.Asked, pay.DefaultAnswer)
 	}
 	c.request, err = account.Begin(begin)
-	if t.room(ctx, account, err) {
-		c.request, err = account.Begin(begin)
+	if err != nil {
+		if err = t.room(ctx, account, err); err == nil {
+			c.request, err = account.Begin(begin)
+		}
 	}
 	if err != nil {
 		return fail(err)
@@ -749,7 +761,7 @@ func (c *charge) begin(answer *http.Response) {
 	c.meter = newMeter(c.salt, strings.TrimSpace(kind) == "text/event-stream", func(n int64) {
 		c.request.Text(n)
 		if c.account.Due() {
-			c.paying.pump(c.step, c.reprice)
+			c.pump()
 		}
 	})
 }

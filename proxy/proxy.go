@@ -259,7 +259,7 @@ func (p *Proxy) tryPaid(worker *worker, r *http.Request, body []byte, ask asked)
 		if c != nil {
 			c.head(header, salt == "")
 		}
-		answer, patience, done, err = p.try(worker, r, body, header)
+		answer, patience, done, err = p.try(worker, r, body, header, ask.Stream)
 		if err != nil {
 			// It may have got the request all the same.
 			c.leave()
@@ -292,12 +292,12 @@ func (p *Proxy) tryPaid(worker *worker, r *http.Request, body []byte, ask asked)
 
 // try sends a request to a worker, with more header fields. When it returns no error,
 // done must be called at the end of the answer.
-func (p *Proxy) try(worker *worker, r *http.Request, body []byte, more http.Header) (answer *http.Response, patience *patience, done func(status int), err error) {
+func (p *Proxy) try(worker *worker, r *http.Request, body []byte, more http.Header, stream bool) (answer *http.Response, patience *patience, done func(status int), err error) {
 	target := worker.endpoint + r.URL.EscapedPath()
 	if r.URL.RawQuery != "" {
 		target += "?" + r.URL.RawQuery
 	}
-	ctx, patience := worker.wait(r.Context(), body)
+	ctx, patience := worker.wait(r.Context(), stream)
 	request, err := http.NewRequestWithContext(ctx, r.Method, target, bytes.NewReader(body))
 	if err != nil {
 		patience.end()
