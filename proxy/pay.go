@@ -1,10 +1,8 @@
 package proxy
 
 import (
-	"bytes"
 	"cmp"
 	"context"
-	"crypto/rand"
 	"crypto/sha256"
 	"crypto/tls"
 	"encoding/hex"
@@ -16,14 +14,12 @@ import (
 	"net/http"
 	"net/http/httptrace"
 	"slices"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	"chrysalis/attest"
 	"chrysalis/attest/evidence"
-	"chrysalis/attest/receipt"
 	"chrysalis/channel/voucher"
 	"chrysalis/manifest"
 	"chrysalis/pay"
@@ -144,6 +140,7 @@ type paying struct {
 	except     map[voucher.Channel]bool // channels that must not be used
 	authority  string                   // the client's token
 	spans      []span
+	blind      uint64 // a total up to which it is not known here at which prices cover was bought
 	problem    string
 	until      time.Time // it is asked after others
 }
@@ -187,6 +184,14 @@ func (t *paying) reckoned(m *manifest.Manifest, model string) pay.Price {
 		}
 	}
 	return price
+}
+
+// blindly reports whether what is used now may have been bought at prices that are not
+// known here.
+func (t *paying) blindly() bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.account != nil && t.account.State().Used < t.blind
 }
 
 // price is what a model costs now, as far as it is known: by its ceiling before the
@@ -382,16 +387,25 @@ func (t *paying) learn(terms *pay.Terms) error {
 	return nil
 }
 
+// booted takes the worker's key. With another one than it had it was booted anew, and
+// must remember what was paid. t.mu is held.
+func (t *paying) booted(spki [32]byte) {
+	if t.spki == spki {
+		return
+	}
+	t.spki, t.accept, t.reconciled, t.spans = spki, nil, false, nil
+	if t.account != nil {
+		t.blind = t.account.State().Signed // it has forgotten at which prices
+	}
+}
+
 // prepare has terms that are recent and a channel whose state both sides agree on.
 func (t *paying) prepare(ctx context.Context, spki [32]byte) (*pay.Accept, *purse.Account, error) {
 	t.setup.Lock()
 	defer t.setup.Unlock()
 	payment := t.worker.proxy.options.Payment
 	t.mu.Lock()
-	if t.spki != spki {
-		// It has another key than it had: it was booted anew, and must remember all.
-		t.spki, t.accept, t.reconciled, t.spans = spki, nil, false, nil
-	}
+	t.booted(spki)
 	accept, account, ready := t.accept, t.account, t.reconciled
 	if accept != nil && time.Since(t.at) > termsAge {
 		accept = nil
@@ -489,20 +503,23 @@ func (t *paying) fund(ctx context.Context, a *pay.Accept, payee [32]byte) error 
 		return err
 	}
 	t.mu.Lock()
-	t.account, t.reconciled = account, account.Known() && c.Fresh
+	t.account, t.reconciled, t.spans, t.blind = account, account.Known() && c.Fresh, nil, account.State().Signed
 	t.mu.Unlock()
 	return nil
 }
 
-// pay signs and sends what is due; more asks for up to a step beyond it.
-func (t *paying) pay(ctx context.Context, step uint64, more bool) error {
+// errReplaced is for requests whose channel is used no more.
+var errReplaced = errors.New("its channel cannot be used any more")
+
+// pay signs and sends what is due on a channel; more asks for up to a step beyond it.
+func (t *paying) pay(ctx context.Context, account *purse.Account, step uint64, more bool) error {
 	t.send.Lock()
 	defer t.send.Unlock()
 	t.mu.Lock()
-	account := t.account
+	now := t.account
 	t.mu.Unlock()
-	if account == nil {
-		return nil
+	if now != account {
+		return errReplaced
 	}
 	ctx = context.WithoutCancel(ctx) // what is signed is to arrive
 	v, err := account.Sign(step, more)
@@ -574,441 +591,10 @@ func (c *charge) pump() {
 	go func() {
 		defer t.pumping.Store(false)
 		for {
-			err := t.note(t.pay(context.Background(), c.step, false))
+			err := t.note(t.pay(context.Background(), c.account, c.step, false))
 			if c.reprice(); err != nil || !c.account.Due() {
 				return
 			}
 		}
 	}()
-}
-
-// charge is what one request to a worker is charged, as this side sees it.
-type charge struct {
-	paying  *paying
-	account *purse.Account
-	request *purse.Request
-	session *attest.Session
-	model   string
-	step    uint64
-	ceiling pay.Price
-	digest  string // of the request's body, as its receipt has it
-	salt    [receipt.SaltSize]byte
-	short   error // why less is covered than was to be
-	meter   *meter
-	ended   bool
-}
-
-// acceptable says, as an error, why a worker is not paid for a model, before anything
-// is sent to it.
-func (p *Payment) acceptable(m *manifest.Manifest, ceiling pay.Price) error {
-	switch {
-	case m.Payment.Network != p.Purse.GlobalID():
-		return fmt.Errorf("%w: global id %d, and this client pays on %d", ErrNetwork, m.Payment.Network, p.Purse.GlobalID())
-	case max(ceiling.Prompt, ceiling.Completion) > p.MaxPrice:
-		return fmt.Errorf("%w: it can charge %s and %s for a million tokens", ErrPrice, ton(uint64(ceiling.Prompt)), ton(uint64(ceiling.Completion)))
-	}
-	return nil
-}
-
-// charge begins to pay for a request, or returns nil where nothing is to be paid. more
-// pays up to a step beyond what is due.
-func (w *worker) charge(ctx context.Context, r *http.Request, a asked, body []byte, salt string, more bool) (*charge, error) {
-	c, err := w.chargeOnce(ctx, r, a, body, salt, more)
-	if errors.Is(err, errBooted) {
-		// Its new key has been verified meanwhile.
-		c, err = w.chargeOnce(ctx, r, a, body, salt, more)
-	}
-	return c, err
-}
-
-func (w *worker) chargeOnce(ctx context.Context, r *http.Request, a asked, body []byte, salt string, more bool) (*charge, error) {
-	payment := w.proxy.options.Payment
-	if payment == nil || r.Method != http.MethodPost || !slices.Contains(priced, r.URL.Path) {
-		return nil, nil
-	}
-	session, m := w.verifiedSession()
-	if session == nil {
-		// Its manifest says whether it is to be paid, and how.
-		if _, err := w.transport.Attest(ctx, w.endpoint); err != nil {
-			return nil, err
-		}
-		if session, m = w.verifiedSession(); session == nil {
-			return nil, errors.New("it is not verified")
-		}
-	}
-	ceilings, paid := pay.Tariff{}, false
-	if m != nil {
-		ceilings, paid = m.Ceilings()
-	}
-	model, served := "", false
-	if paid {
-		model, served = modelOf(m, a.Model)
-	}
-	if !served || ceilings.Models[model].Free() {
-		return nil, nil
-	}
-	t := w.paying
-	fail := func(err error) (*charge, error) { return nil, payError{t.note(err)} }
-	if err := payment.acceptable(m, ceilings.Models[model]); err != nil {
-		return fail(err)
-	}
-	t.mu.Lock()
-	if t.authority = r.Header.Get("Authorization"); w.proxy.options.Token != "" {
-		t.authority = "Bearer " + w.proxy.options.Token
-	}
-	t.mu.Unlock()
-	accept, account, err := t.prepare(ctx, sha256.Sum256(session.TLSKey))
-	if err != nil {
-		return fail(err)
-	}
-	at := slices.IndexFunc(accept.Extra.Models, func(m pay.ModelPrice) bool { return m.ID == model })
-	if at < 0 {
-		return fail(fmt.Errorf("%w: they have no price of %s", ErrTerms, model))
-	}
-	price := accept.Extra.Models[at].Price
-	if price.Free() {
-		return nil, t.note(nil)
-	}
-	c := &charge{paying: t, account: account, session: session, model: model, step: ceilings.Step, ceiling: ceilings.Models[model]}
-	if c.salt, err = receipt.ParseSalt(salt); err != nil {
-		rand.Read(c.salt[:]) // the client has none, or one that the VM would refuse
-	}
-	h := receipt.NewHash(c.salt)
-	h.Write(body)
-	c.digest = hex.EncodeToString(h.Sum(nil))
-	price = t.reckoned(m, model)
-	if more {
-		price = ceilings.Models[model] // what it was bought at may not be known here
-	}
-	begin := purse.Begin{Price: price, Ceiling: ceilings.Models[model], Step: ceilings.Step, Request: int64(len(body)), Asked: max(0, cmp.Or(a.MaxTokens, a.MaxCompletionTokens))}
-	if !a.Stream && r.URL.Path != "/v1/embeddings" {
-		begin.Reserve = cmp.Or(begin.Asked, pay.DefaultAnswer)
-	}
-	c.request, err = account.Begin(begin)
-	if err != nil {
-		if err = t.room(ctx, account, err); err == nil {
-			c.request, err = account.Begin(begin)
-		}
-	}
-	if err != nil {
-		return fail(err)
-	}
-	if more || account.Due() {
-		err := t.pay(ctx, c.step, more)
-		if errors.Is(err, purse.ErrBudget) || errors.Is(err, purse.ErrLimit) || errors.Is(err, purse.ErrAhead) {
-			c.short, err = err, nil // what was signed may do; the VM decides
-		}
-		if err != nil {
-			c.request.Unanswered()
-			t.pause(err)
-			return nil, payError{err}
-		}
-	}
-	if payment.Funds != nil && account.Low(2*c.step) && t.topping.CompareAndSwap(false, true) {
-		go func() {
-			defer t.topping.Store(false)
-			if err := t.topUp(context.Background(), account); err != nil && !errors.Is(err, purse.ErrBudget) {
-				t.note(err)
-			}
-		}()
-	}
-	c.request.Sent()
-	return c, nil
-}
-
-// refused takes an answer 402 over, after which it can be tried once more.
-func (w *worker) refused(c *charge, answer *http.Response) error {
-	if w.proxy.options.Payment == nil {
-		return payError{w.paying.note(ErrUnpaid)}
-	}
-	if c != nil {
-		c.request.Unanswered()
-	}
-	terms, err := readTerms(answer)
-	if err == nil {
-		err = w.paying.learn(terms)
-	}
-	if err == nil && c != nil && (errors.Is(c.short, purse.ErrBudget) || errors.Is(c.short, purse.ErrLimit)) {
-		err = c.short // it cannot be expected to
-	}
-	if err != nil {
-		return payError{w.paying.note(err)}
-	}
-	return fmt.Errorf("%w: %s", ErrHonour, terminal.Line(cmp.Or(terms.Error, "it does not say why")))
-}
-
-// head adds to a request's header who pays, and a salt where the client gives none.
-func (c *charge) head(h http.Header, salt bool) {
-	c.paying.mu.Lock()
-	c.paying.header(h)
-	c.paying.mu.Unlock()
-	if salt {
-		h.Set(receipt.SaltHeader, receipt.FormatSalt(c.salt))
-	}
-}
-
-// begin is called when the answer begins. Like all that follow it does nothing where
-// nothing is paid.
-func (c *charge) begin(answer *http.Response) {
-	switch {
-	case c == nil:
-		return
-	case answer.StatusCode != http.StatusOK:
-		c.ended = true // refused, which costs nothing
-		c.request.Unanswered()
-	}
-	kind, _, _ := strings.Cut(answer.Header.Get("Content-Type"), ";")
-	c.meter = newMeter(c.salt, strings.TrimSpace(kind) == "text/event-stream", func(n int64) {
-		c.request.Text(n)
-		if c.account.Due() {
-			c.pump()
-		}
-	})
-}
-
-// listen waits for the next piece; where a stream says nothing for a while it is paid
-// ahead. The function that it returns is to be called when the piece has come.
-func (c *charge) listen() (heard func()) {
-	if c == nil || c.ended || !c.meter.stream {
-		return func() {}
-	}
-	ctx, cancel := context.WithCancel(context.Background())
-	timer := time.AfterFunc(silence, func() { c.urge(ctx) })
-	return func() {
-		timer.Stop()
-		cancel()
-	}
-}
-
-// urge has a stream go on that waits to be paid for more than is due as this side sees
-// it: its next piece is large, or its price is higher than what was last said.
-func (c *charge) urge(ctx context.Context) {
-	t := c.paying
-	for tries := 0; ctx.Err() == nil; tries++ {
-		if err := t.pay(ctx, c.step, true); err != nil {
-			// Nothing was said that could be learnt from.
-			if terms, _, failed := t.exchange(ctx, nil); failed == nil {
-				t.learn(terms)
-			}
-			if !errors.Is(err, purse.ErrAhead) {
-				t.note(err)
-			}
-		}
-		if c.reprice(); ctx.Err() == nil && tries > 0 {
-			// What its cover was bought at may not be known here.
-			c.request.Raise(c.ceiling)
-		}
-		if c.account.Due() && t.pay(ctx, c.step, false) == nil {
-			continue
-		}
-		select {
-		case <-ctx.Done():
-		case <-time.After(silence):
-		}
-	}
-}
-
-// reprice reckons with the price that the worker said last.
-func (c *charge) reprice() {
-	if _, m := c.paying.worker.verifiedSession(); m != nil {
-		c.request.Raise(c.paying.reckoned(m, c.model))
-	}
-}
-
-// write takes the next piece.
-func (c *charge) write(p []byte) {
-	if c != nil && !c.ended {
-		c.meter.write(p)
-	}
-}
-
-// end is called once the answer has come to its end.
-func (c *charge) end(trailer http.Header) {
-	if c == nil || c.ended {
-		return
-	}
-	c.ended = true
-	m := c.meter
-	m.end()
-	signed := m.receipt
-	if !m.stream {
-		signed = []byte(trailer.Get(receipt.Trailer))
-	}
-	if len(signed) == 0 {
-		if m.stream && !m.done {
-			c.request.Left() // it broke off; what it charges shows in the channel
-			return
-		}
-		c.request.Left()
-		c.paying.note(c.account.Bar(purse.ErrNoReceipt))
-		return
-	}
-	r, err := c.session.Receipt(signed)
-	if err != nil {
-		if now, _ := c.paying.worker.verifiedSession(); now == nil || !bytes.Equal(now.TLSKey, c.session.TLSKey) {
-			c.request.Left() // it was booted anew meanwhile, and has another key
-			return
-		}
-	}
-	if err == nil {
-		err = m.check(r, c.digest)
-	}
-	if err == nil && r.Model != c.model {
-		err = fmt.Errorf("it is about the model %s", r.Model)
-	}
-	if err != nil {
-		c.request.Left()
-		c.paying.note(c.account.Bar(fmt.Errorf("%w: %w", purse.ErrBadReceipt, err)))
-		return
-	}
-	if r.Payment == nil { // it was free
-		c.request.Unanswered()
-		return
-	}
-	s := purse.Receipt{
-		Price:  pay.Price{Prompt: r.Payment.PromptPrice, Completion: r.Payment.CompletionPrice},
-		Prompt: r.Payment.PromptTokens, Completion: r.Payment.CompletionTokens,
-	}
-	s.Channel, _ = voucher.ParseChannel(r.Payment.Channel) // the receipt is valid
-	s.Charged, _ = pay.ParseAmount(r.Payment.Charged)
-	s.Used, _ = pay.ParseAmount(r.Payment.Used)
-	s.Cover, _ = pay.ParseAmount(r.Payment.Cover)
-	c.paying.note(c.request.Settle(s))
-}
-
-// leave is called when nothing more is waited for.
-func (c *charge) leave() {
-	if c != nil && !c.ended {
-		c.ended = true
-		c.request.Left()
-	}
-}
-
-// A Quote is what is known of one worker before it is asked anything.
-type Quote struct {
-	Endpoint   string
-	Problem    string // why it is not used; "" of one that is
-	Model      string // NAME@REVISION; "" where it does not serve the one that is asked for
-	Free       bool
-	Ceiling    pay.Price // nanotons for a million tokens
-	Price      pay.Price // now
-	Payee      voucher.Channel
-	MinDeposit uint64        // nanotons
-	Delay      time.Duration // for which the payee can claim when a channel closes
-}
-
-// Plan verifies every worker and asks those that want to be paid for their terms. It
-// pays nothing. The order is that in which they would be asked for the model.
-func (p *Proxy) Plan(ctx context.Context, model string) []Quote {
-	quotes := make(map[*worker]Quote, len(p.workers))
-	var mu sync.Mutex
-	var wait sync.WaitGroup
-	for _, w := range p.workers {
-		wait.Go(func() {
-			q := w.quote(ctx, model)
-			mu.Lock()
-			defer mu.Unlock()
-			quotes[w] = q
-		})
-	}
-	wait.Wait()
-	var list []Quote
-	for _, w := range p.order(model) {
-		list = append(list, quotes[w])
-		delete(quotes, w)
-	}
-	for _, w := range p.workers { // those that are refused
-		if q, ok := quotes[w]; ok {
-			list = append(list, q)
-		}
-	}
-	slices.SortStableFunc(list, func(a, b Quote) int {
-		return cmp.Compare(one(a.Problem != ""), one(b.Problem != ""))
-	})
-	return list
-}
-
-func (w *worker) quote(ctx context.Context, model string) Quote {
-	q := Quote{Endpoint: w.endpoint}
-	fail := func(err error) Quote {
-		q.Problem = terminal.Line(err.Error())
-		return q
-	}
-	if _, err := w.transport.Attest(ctx, w.endpoint); err != nil {
-		w.failed(err)
-		return fail(err)
-	}
-	session, m := w.verifiedSession()
-	if m == nil {
-		return fail(errors.New("it is not verified"))
-	}
-	var ok bool
-	if q.Model, ok = modelOf(m, model); !ok {
-		if model != "" {
-			return fail(fmt.Errorf("it does not serve the model %q", model))
-		}
-		q.Model = m.Models[0].ID()
-	}
-	ceilings, paid := m.Ceilings()
-	q.Ceiling = ceilings.Models[q.Model]
-	if q.Free = q.Ceiling.Free(); !paid || q.Free {
-		return q
-	}
-	payment := w.proxy.options.Payment
-	if payment == nil {
-		return fail(ErrUnpaid)
-	}
-	t := w.paying
-	if err := payment.acceptable(m, q.Ceiling); err != nil {
-		return fail(t.note(err))
-	}
-	t.setup.Lock()
-	defer t.setup.Unlock()
-	t.mu.Lock()
-	if spki := sha256.Sum256(session.TLSKey); t.spki != spki {
-		t.spki, t.accept, t.reconciled, t.spans = spki, nil, false, nil
-	}
-	if token := w.proxy.options.Token; token != "" {
-		t.authority = "Bearer " + token
-	}
-	t.mu.Unlock()
-	terms, _, err := t.exchange(ctx, nil)
-	if err == nil {
-		err = t.learn(terms)
-	}
-	if err != nil {
-		return fail(t.note(err))
-	}
-	t.mu.Lock()
-	a := t.accept
-	t.mu.Unlock()
-	q.Payee, q.Delay = payeeOf(a), time.Duration(a.Extra.MinDelay)*time.Second
-	q.MinDeposit, _ = pay.ParseAmount(a.Extra.MinDeposit)
-	q.Price = t.price(m, q.Model)
-	q.Free = q.Price.Free()
-	if err := payment.Purse.Barred(q.Payee); err != nil {
-		return fail(t.note(err))
-	}
-	return q
-}
-
-// Prepare has a channel to the worker that would be asked for a model first, so that
-// the first request does not wait for one.
-func (p *Proxy) Prepare(ctx context.Context, model string) error {
-	for _, q := range p.Plan(ctx, model) {
-		if q.Problem != "" || q.Free {
-			if q.Problem == "" {
-				return nil
-			}
-			continue
-		}
-		at := slices.IndexFunc(p.workers, func(w *worker) bool { return w.endpoint == q.Endpoint })
-		session, _ := p.workers[at].verifiedSession()
-		if session == nil {
-			continue
-		}
-		_, _, err := p.workers[at].paying.prepare(ctx, sha256.Sum256(session.TLSKey))
-		return p.workers[at].paying.note(err)
-	}
-	return nil
 }
