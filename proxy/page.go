@@ -3,11 +3,13 @@ package proxy
 import (
 	"bytes"
 	_ "embed"
+	"fmt"
 	"html/template"
 	"net/http"
 	"time"
 
 	"chrysalis/attest"
+	"chrysalis/pay/purse"
 )
 
 //go:embed page.html
@@ -23,14 +25,73 @@ type row struct {
 	Ago      time.Duration
 	InFlight int64
 	Verdict  *attest.Verdict
+	Payment  *paymentRow
+}
+
+// paymentRow is what a worker is paid.
+type paymentRow struct {
+	Prices  []string // of each model
+	Channel string
+	Payee   string
+	Paid    string // vouchers' total
+	Used    string // of that
+	Limit   string // what vouchers can come to
+	Barred  string // why its payee is paid no more
+	Problem string
+}
+
+// view is the whole page.
+type view struct {
+	Rows  []row
+	Spent string // "" where nobody is paid
+	Left  string
+	Bars  []purse.Bar
+}
+
+// paymentRow says what the worker is paid; nil of one that is free.
+func (w *worker) paymentRow() *paymentRow {
+	w.mu.Lock()
+	m := w.manifest
+	w.mu.Unlock()
+	if m == nil || m.Payment == nil {
+		return nil
+	}
+	payment, t := w.proxy.options.Payment, w.paying
+	out := &paymentRow{}
+	for i, model := range m.Models {
+		now, most := t.price(m, model.ID()), m.Payment.Ceilings[i]
+		out.Prices = append(out.Prices, fmt.Sprintf("%s: %s for a million tokens of prompts, %s of answers; at most %s and %s", model.ID(),
+			ton(uint64(now.Prompt)), ton(uint64(now.Completion)), ton(uint64(most.Prompt)), ton(uint64(most.Completion))))
+	}
+	t.mu.Lock()
+	account, accept := t.account, t.accept
+	out.Problem = t.problem
+	t.mu.Unlock()
+	if payment == nil {
+		out.Problem = ErrUnpaid.Error()
+		return out
+	}
+	if accept != nil {
+		out.Payee = accept.PayTo
+		if err := payment.Purse.Barred(payeeOf(accept)); err != nil {
+			out.Barred = err.Error()
+		}
+	}
+	if account != nil {
+		s := account.State()
+		out.Channel, out.Payee = s.Channel.String(), s.Payee.String()
+		out.Paid, out.Used, out.Limit = ton(s.Signed), ton(s.Used), ton(s.Limit)
+	}
+	return out
 }
 
 // page shows each worker with its checks. It takes nothing from elsewhere.
 func (p *Proxy) page(w http.ResponseWriter, _ *http.Request) {
-	var rows []row
+	var v view
 	for _, worker := range p.workers {
+		payment := worker.paymentRow()
 		worker.mu.Lock()
-		r := row{worker.endpoint, worker.state.String(), worker.problem, 0, worker.inFlight.Load(), nil}
+		r := row{worker.endpoint, worker.state.String(), worker.problem, 0, worker.inFlight.Load(), nil, payment}
 		if !worker.at.IsZero() {
 			r.Ago = time.Since(worker.at).Round(time.Second)
 		}
@@ -38,10 +99,14 @@ func (p *Proxy) page(w http.ResponseWriter, _ *http.Request) {
 			r.Verdict = worker.session.Verdict
 		}
 		worker.mu.Unlock()
-		rows = append(rows, r)
+		v.Rows = append(v.Rows, r)
+	}
+	if payment := p.options.Payment; payment != nil {
+		left, spent := payment.Purse.Budget()
+		v.Spent, v.Left, v.Bars = ton(spent), ton(left), payment.Purse.Bars()
 	}
 	var out bytes.Buffer
-	if err := pageTemplate.Execute(&out, rows); err != nil {
+	if err := pageTemplate.Execute(&out, v); err != nil {
 		http.Error(w, "the page could not be made", http.StatusInternalServerError)
 		return
 	}

@@ -1,17 +1,13 @@
 package proxy
 
 import (
-	"cmp"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"net/http/httptrace"
 	"sync"
 	"time"
 
-	"chrysalis/attest"
-	"chrysalis/attest/evidence"
 	"chrysalis/manifest"
 )
 
@@ -22,16 +18,6 @@ const uploadLimit = 2 * time.Minute
 // grace is what a worker gets on top of its manifest's limits, for a place in its
 // engine and for the way.
 const grace = 30 * time.Second
-
-// limitsOf returns the limits of a manifest that has been verified.
-func limitsOf(s *attest.Session) manifest.Limits {
-	if doc, err := evidence.Parse(s.Document); err == nil {
-		if m, err := manifest.Parse(doc.Manifest); err == nil {
-			return m.Limits
-		}
-	}
-	return manifest.DefaultLimits
-}
 
 // patience ends a request that a worker takes too long over, in each of its steps.
 // A host can hold back what its VM says for as long as it likes; what a VM may take
@@ -50,15 +36,17 @@ type patience struct {
 // wait returns the patience with one request, and the context to make it in. The
 // step that begins is to get a connection, evidence included, which the transport
 // bounds.
-func (w *worker) wait(ctx context.Context, body []byte) (context.Context, *patience) {
+func (w *worker) wait(ctx context.Context, stream bool) (context.Context, *patience) {
 	w.mu.Lock()
-	limits := cmp.Or(w.limits, manifest.DefaultLimits)
+	limits := manifest.DefaultLimits
+	if w.manifest != nil {
+		limits = w.manifest.Limits
+	}
 	w.mu.Unlock()
 	seconds := func(n int) time.Duration { return time.Duration(n)*time.Second + grace }
 	ctx, cancel := context.WithCancelCause(ctx)
 	p := &patience{ctx: ctx, cancel: cancel, most: w.proxy.options.Patience, answer: seconds(limits.TotalSeconds), idle: seconds(limits.IdleSeconds)}
-	var asked struct{ Stream bool }
-	if json.Unmarshal(body, &asked); asked.Stream {
+	if stream {
 		p.answer = p.idle // what a VM waits for an engine's first event
 	}
 	return httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{

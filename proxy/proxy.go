@@ -2,7 +2,8 @@
 // VMs only. An application that knows nothing of attestation points its client at
 // it and gets all of the checks of package attest.
 //
-// A request goes to the worker with the fewest requests in flight. Until the first
+// A request goes to the cheapest worker that has room for it, and among those that
+// cost about the same to the one with the fewest requests in flight. Until the first
 // byte of its answer it can go to another one instead; both have been verified. A
 // worker is verified over the very connection that carries the request, and again
 // in the background before the policy's age is reached, so that no request waits
@@ -54,6 +55,8 @@ type Options struct {
 	// Loopback says that only this machine can connect: then requests that a web
 	// page elsewhere makes a browser send are refused.
 	Loopback bool
+	// Payment says how workers that want it are paid; nil pays nobody.
+	Payment *Payment
 	// Verified is called after every verification, good or bad.
 	Verified func(endpoint string, session *attest.Session, err error)
 }
@@ -196,12 +199,15 @@ func (p *Proxy) forward(w http.ResponseWriter, r *http.Request) {
 	}
 	var problems []string
 	status := http.StatusServiceUnavailable
-	workers := p.order()
+	unpaid := false
+	ask := readAsked(body)
+	workers := p.order(ask.Model)
 	for i, worker := range workers {
-		answer, patience, done, err := p.try(worker, r, body)
+		answer, charge, patience, done, err := p.tryPaid(worker, r, body, ask)
 		if r.Context().Err() != nil {
 			if err == nil {
 				answer.Body.Close()
+				charge.leave()
 				done(0)
 			}
 			return // the client has left
@@ -209,13 +215,16 @@ func (p *Proxy) forward(w http.ResponseWriter, r *http.Request) {
 		if err == nil && i+1 < len(workers) && busy(answer.StatusCode) {
 			err = fmt.Errorf("it answered %d", answer.StatusCode)
 			answer.Body.Close()
+			charge.leave()
 			done(answer.StatusCode)
 		} else if err == nil {
 			answer.Header.Set(WorkerHeader, worker.endpoint)
-			p.answer(w, answer, patience, func() { done(answer.StatusCode) })
+			p.answer(w, answer, charge, patience, func() { done(answer.StatusCode) })
 			return
 		}
-		if _, refused := errors.AsType[*attest.RefusedError](err); !refused {
+		if _, ok := errors.AsType[payError](err); ok {
+			unpaid = true
+		} else if _, refused := errors.AsType[*attest.RefusedError](err); !refused {
 			status = http.StatusBadGateway
 		}
 		p.metrics.failover(worker.endpoint)
@@ -226,6 +235,10 @@ func (p *Proxy) forward(w http.ResponseWriter, r *http.Request) {
 			problems = append(problems, worker.endpoint+": "+worker.why())
 		}
 	}
+	if unpaid && status == http.StatusServiceUnavailable {
+		refuse(w, http.StatusPaymentRequired, "payment_required", "no worker that can be paid answers. "+strings.Join(problems, "; "))
+		return
+	}
 	refuse(w, status, "no_verified_worker", "no verified worker answers; your request was not sent to any other. "+strings.Join(problems, "; "))
 }
 
@@ -234,14 +247,57 @@ func busy(status int) bool {
 	return status == http.StatusTooManyRequests || status == http.StatusServiceUnavailable || status == http.StatusBadGateway
 }
 
-// try sends a request to a worker. When it returns no error, done must be called
-// at the end of the answer.
-func (p *Proxy) try(worker *worker, r *http.Request, body []byte) (answer *http.Response, patience *patience, done func(status int), err error) {
+// tryPaid is try for a worker that may want to be paid. What it does not cover at once
+// is tried once more, with another voucher.
+func (p *Proxy) tryPaid(worker *worker, r *http.Request, body []byte, ask asked) (answer *http.Response, c *charge, patience *patience, done func(status int), err error) {
+	header, salt := http.Header{}, r.Header.Get(receipt.SaltHeader)
+	for try := 1; ; try++ {
+		c, err = worker.charge(r.Context(), r, ask, body, salt, try > 1)
+		if err != nil {
+			return nil, nil, nil, nil, err
+		}
+		if c != nil {
+			c.head(header, salt == "")
+		}
+		answer, patience, done, err = p.try(worker, r, body, header, ask.Stream)
+		if err != nil {
+			// It may have got the request all the same.
+			c.leave()
+			return nil, nil, nil, nil, err
+		}
+		if answer.StatusCode != http.StatusPaymentRequired {
+			c.begin(answer)
+			if c != nil && salt == "" {
+				answer.Header.Set(receipt.SaltHeader, receipt.FormatSalt(c.salt))
+			}
+			return answer, c, patience, done, nil
+		}
+		err = worker.refused(c, answer)
+		answer.Body.Close()
+		done(answer.StatusCode)
+		switch {
+		case !errors.Is(err, ErrHonour):
+			return nil, nil, nil, nil, payError{err}
+		case try >= 2 && (c == nil || !c.account.Doubted()) || try >= 5:
+			return nil, nil, nil, nil, payError{worker.paying.pause(err)}
+		case try >= 2:
+			// It may still hold what requests that were left could come to.
+			select {
+			case <-r.Context().Done():
+			case <-time.After(200 * time.Millisecond):
+			}
+		}
+	}
+}
+
+// try sends a request to a worker, with more header fields. When it returns no error,
+// done must be called at the end of the answer.
+func (p *Proxy) try(worker *worker, r *http.Request, body []byte, more http.Header, stream bool) (answer *http.Response, patience *patience, done func(status int), err error) {
 	target := worker.endpoint + r.URL.EscapedPath()
 	if r.URL.RawQuery != "" {
 		target += "?" + r.URL.RawQuery
 	}
-	ctx, patience := worker.wait(r.Context(), body)
+	ctx, patience := worker.wait(r.Context(), stream)
 	request, err := http.NewRequestWithContext(ctx, r.Method, target, bytes.NewReader(body))
 	if err != nil {
 		patience.end()
@@ -255,6 +311,7 @@ func (p *Proxy) try(worker *worker, r *http.Request, body []byte) (answer *http.
 	if p.options.Token != "" {
 		request.Header.Set("Authorization", "Bearer "+p.options.Token)
 	}
+	maps.Copy(request.Header, more)
 	request.Header.Set("User-Agent", "chrysalis")
 	begin := time.Now()
 	p.metrics.begin(worker.endpoint)
@@ -274,13 +331,16 @@ func (p *Proxy) try(worker *worker, r *http.Request, body []byte) (answer *http.
 		return nil, nil, nil, err
 	}
 	worker.silent.Store(0)
-	p.metrics.firstByte(worker.endpoint, time.Since(begin))
+	took := time.Since(begin)
+	p.metrics.firstByte(worker.endpoint, took)
+	worker.began(took)
 	return answer, patience, done, nil
 }
 
 // answer passes an answer on as it comes, with its trailer.
-func (p *Proxy) answer(w http.ResponseWriter, answer *http.Response, patience *patience, done func()) {
+func (p *Proxy) answer(w http.ResponseWriter, answer *http.Response, charge *charge, patience *patience, done func()) {
 	defer done()
+	defer charge.leave()
 	defer answer.Body.Close()
 	header := w.Header()
 	maps.Copy(header, answer.Header)
@@ -298,15 +358,19 @@ func (p *Proxy) answer(w http.ResponseWriter, answer *http.Response, patience *p
 	buffer := make([]byte, 16<<10)
 	for {
 		patience.piece()
+		heard := charge.listen()
 		n, err := answer.Body.Read(buffer)
+		heard()
 		patience.pause()
 		if n > 0 {
+			charge.write(buffer[:n])
 			if _, err := w.Write(buffer[:n]); err != nil {
 				return // the client has left; its request's context ends the worker's
 			}
 			flush()
 		}
 		if err == io.EOF && !patience.over() {
+			charge.end(answer.Trailer)
 			break
 		}
 		if err != nil {

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"errors"
+	"math"
 	"math/rand/v2"
 	"slices"
 	"sync"
@@ -11,6 +12,7 @@ import (
 	"time"
 
 	"chrysalis/attest"
+	"chrysalis/channel/voucher"
 	"chrysalis/manifest"
 	"chrysalis/terminal"
 )
@@ -38,16 +40,20 @@ type worker struct {
 	silent    atomic.Int64  // requests in a row that it did not begin to answer
 	wake      chan struct{} // to verify again now
 
-	mu      sync.Mutex
-	state   state
-	session *attest.Session // the last
-	at      time.Time       // when the state was found
-	problem string
-	limits  manifest.Limits // of the manifest verified last
+	mu       sync.Mutex
+	state    state
+	session  *attest.Session // the last
+	at       time.Time       // when the state was found
+	problem  string
+	manifest *manifest.Manifest // verified last
+	latency  time.Duration      // until an answer begins, on the average; 0 before the first
+
+	paying *paying
 }
 
 func newWorker(p *Proxy, endpoint string) *worker {
 	w := &worker{proxy: p, endpoint: endpoint, state: unknown, wake: make(chan struct{}, 1)}
+	w.paying = &paying{worker: w, except: map[voucher.Channel]bool{}}
 	w.transport = &attest.Transport{
 		Policy: p.options.Policy, Records: p.options.Records, Collateral: p.options.Collateral, GPU: p.options.GPU, IdleConns: 256,
 		Timeout: p.options.Timeout, Verified: w.judged,
@@ -62,7 +68,7 @@ func (w *worker) judged(s *attest.Session) {
 	w.session, w.at, w.problem = s, time.Now(), ""
 	switch {
 	case s.Verdict.OK:
-		w.state, w.limits = verified, limitsOf(s)
+		w.state, w.manifest = verified, manifestOf(s)
 	default:
 		w.state = unreachable
 		if s.Verdict.Refused() {
@@ -144,33 +150,80 @@ func (w *worker) keep(ctx context.Context, tried func()) {
 	}
 }
 
-// order lists the workers that may get a request: verified ones first, the least
-// loaded first among them. Refused ones get none until the background finds them
-// good again. One whose evidence is good, but that left the last request without an
-// answer, comes after all that answer.
-func (p *Proxy) order() []*worker {
+// began takes into account how long an answer took to begin.
+func (w *worker) began(took time.Duration) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.latency == 0 {
+		w.latency = took
+	} else {
+		w.latency += (took - w.latency) / 8
+	}
+}
+
+// order lists the workers that may get a request for a model: verified ones first.
+// Refused ones get none until the background finds them good again. One whose evidence
+// is good, but that left the last request without an answer, comes after all that
+// answer, and so does one that does not serve the model, that did not honour what it
+// was paid, or that answers as many requests as it can at a time. Of the others the
+// cheapest comes first; prices that differ by less than a tenth are alike, so that
+// requests spread, and so are latencies that differ by less than half.
+func (p *Proxy) order(model string) []*worker {
 	type rank struct {
-		w     *worker
-		state state
-		mute  int64
-		load  int64
-		dice  uint32
+		w                         *worker
+		state                     state
+		mute, lacks, paused, full int
+		price, latency            int
+		load                      int64
+		dice                      uint32
 	}
 	var ranks []rank
+	now := time.Now()
 	for _, w := range p.workers {
+		r := rank{w: w, mute: int(min(w.silent.Load(), 1)), load: w.inFlight.Load(), dice: rand.Uint32()}
 		w.mu.Lock()
-		s := w.state
+		m := w.manifest
+		r.state, r.latency = w.state, magnitude(float64(w.latency.Milliseconds()), 1.5)
 		w.mu.Unlock()
-		if s != refused {
-			ranks = append(ranks, rank{w, s, min(w.silent.Load(), 1), w.inFlight.Load(), rand.Uint32()})
+		if r.state == refused {
+			continue
 		}
+		if m != nil {
+			r.full = one(r.load >= int64(m.Limits.Concurrency))
+			if id, ok := modelOf(m, model); ok {
+				price := w.paying.price(m, id)
+				r.price = magnitude(float64(price.Prompt)+float64(price.Completion), 1.1)
+			} else {
+				r.lacks = 1
+			}
+		}
+		w.paying.mu.Lock()
+		r.paused = one(now.Before(w.paying.until))
+		w.paying.mu.Unlock()
+		ranks = append(ranks, r)
 	}
 	slices.SortFunc(ranks, func(a, b rank) int {
-		return cmp.Or(cmp.Compare(a.state, b.state), cmp.Compare(a.mute, b.mute), cmp.Compare(a.load, b.load), cmp.Compare(a.dice, b.dice))
+		return cmp.Or(cmp.Compare(a.state, b.state), cmp.Compare(a.mute, b.mute), cmp.Compare(a.lacks, b.lacks), cmp.Compare(a.paused, b.paused),
+			cmp.Compare(a.full, b.full), cmp.Compare(a.price, b.price), cmp.Compare(a.load, b.load), cmp.Compare(a.latency, b.latency), cmp.Compare(a.dice, b.dice))
 	})
 	out := make([]*worker, len(ranks))
 	for i, r := range ranks {
 		out[i] = r.w
 	}
 	return out
+}
+
+func one(yes bool) int {
+	if yes {
+		return 1
+	}
+	return 0
+}
+
+// magnitude is which power of a base a number has come to; 0 of none.
+func magnitude(n, base float64) int {
+	if n <= 0 {
+		return 0
+	}
+	return 1 + int(math.Log(1+n)/math.Log(base))
 }

@@ -27,16 +27,21 @@ func (*BotCmd) Help() string {
 }
 
 // Run answers until it is interrupted.
-func (c *BotCmd) Run(ctx context.Context) error {
+func (c *BotCmd) Run(ctx context.Context) (err error) {
 	token, err := readToken(c.TokenFile)
 	if err != nil {
 		return err
 	}
-	p, t, err := c.open(ctx, c.WorkerTokenFile, true)
+	p, err := c.open(ctx, c.WorkerTokenFile, true, c.Model)
+	if errors.Is(err, errDryRun) {
+		fmt.Fprintln(os.Stderr, err)
+		return nil
+	}
 	if err != nil {
 		return &exitError{exitNotChecked, err}
 	}
-	backend := bot.NewProxied(p, c.Model)
+	defer func() { err = errors.Join(err, p.end()) }()
+	backend := bot.NewProxied(p.Proxy, c.Model)
 	defer backend.Close()
 	b, err := bot.New(ctx, bot.Options{
 		Token: token, Server: c.Server, Backend: backend, System: c.System,
@@ -47,11 +52,8 @@ func (c *BotCmd) Run(ctx context.Context) error {
 	}
 	proxying, stop := context.WithCancel(context.WithoutCancel(ctx))
 	defer stop()
-	if t.published != nil {
-		go t.published.follow(proxying, p.Trust)
-	}
 	ready := make(chan struct{})
-	go p.Run(proxying, func() { close(ready) })
+	go p.run(proxying, c.Model, func() { close(ready) })
 	select {
 	case <-ready:
 	case <-ctx.Done():

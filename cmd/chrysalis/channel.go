@@ -25,6 +25,8 @@ type channelCommands struct {
 	TopUp ChannelTopUpCmd `cmd:"" help:"Add to a channel's deposit."`
 	Close ChannelCloseCmd `cmd:"" help:"Begin to close a channel, or take the rest once its delay is over."`
 	List  ChannelListCmd  `cmd:"" help:"List the channels that were opened on this machine, with proofs."`
+
+	Forgive ChannelForgiveCmd `cmd:"" help:"List the payees that are paid no more, or have one paid again."`
 }
 
 // own is the list of channels of this machine's user.

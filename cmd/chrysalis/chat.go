@@ -113,6 +113,9 @@ func (c *ChatCmd) Run(ctx context.Context) error {
 		out.Close()
 		fmt.Println()
 	}
+	if refused, ok := errors.AsType[*openai.Error](err); ok && refused.Status == http.StatusPaymentRequired {
+		return fmt.Errorf("this worker wants to be paid; ask it through 'chrysalis proxy --worker %s --max-price=TON --budget=TON --key-file=FILE' (docs/market.md)", endpoint)
+	}
 	if err != nil {
 		return cleanError(err)
 	}

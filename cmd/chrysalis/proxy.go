@@ -21,39 +21,105 @@ import (
 // workerFlags say which VMs a proxy forwards to, and whom it trusts.
 type workerFlags struct {
 	trustFlags
-	Worker   []string      `placeholder:"URL|NAME" sep:"none" help:"A VM to forward to: https://HOST:PORT, or the name of a VM on this machine; repeat it for more (default: default)."`
+	payFlags
+	Worker   []string      `placeholder:"URL|NAME" sep:"none" help:"A VM to forward to: https://HOST:PORT, or the name of a VM on this machine; repeat it for more (default: those that offer --model on TON, with --max-price, or else default)."`
 	Patience time.Duration `placeholder:"DURATION" help:"How long a worker may take to accept a request, to begin its answer, and between two pieces of it (default: what its manifest allows). Until the first piece another worker is asked then."`
 }
 
-// open returns a proxy that is not running yet, and what it trusts.
-func (f *workerFlags) open(ctx context.Context, tokenFile string, loopback bool) (*proxy.Proxy, *trust, error) {
+// workers are a proxy that is not running yet, and what it trusts and pays with.
+type workers struct {
+	*proxy.Proxy
+	trust   *trust
+	cashier *cashier // nil where nobody is paid
+}
+
+// open returns workers that serve a model, which is what is looked for where no
+// workers are named. Where they are to be paid it shows the plan and asks first.
+func (f *workerFlags) open(ctx context.Context, tokenFile string, loopback bool, model string) (_ *workers, err error) {
+	pays, err := f.given()
+	if err != nil {
+		return nil, err
+	}
 	t, err := f.load(ctx)
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
+	w := &workers{trust: t}
 	options := proxy.Options{Policy: t.policy, Records: t.records, Collateral: t.collateral, GPU: t.gpu, Loopback: loopback, Patience: max(0, f.Patience)}
 	options.Verified = (&verdictLog{w: os.Stderr, last: map[string]string{}}).note
 	if options.Token, err = readToken(tokenFile); err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	names := f.Worker
+	if pays {
+		if w.cashier, err = f.payFlags.open(&f.TON); err != nil {
+			return nil, err
+		}
+		defer func() {
+			if err != nil {
+				err = errors.Join(err, w.cashier.close())
+			}
+		}()
+		if len(names) == 0 && model != "" {
+			if names, err = w.cashier.find(ctx, model); err != nil {
+				return nil, err
+			}
+		}
+	}
 	if len(names) == 0 {
 		names = []string{"default"}
 	}
 	for _, name := range names {
 		endpoint, err := findEndpoint(ctx, name)
 		if err != nil {
-			return nil, nil, err
+			return nil, err
 		}
 		options.Workers = append(options.Workers, endpoint)
 	}
-	p, err := proxy.New(options)
-	return p, t, err
+	if pays {
+		options.Payment = w.cashier.payment()
+		first, err := proxy.New(options)
+		if err != nil {
+			return nil, err
+		}
+		if options.Workers, err = w.cashier.plan(ctx, first, model); err != nil {
+			return nil, err
+		}
+	}
+	w.Proxy, err = proxy.New(options)
+	return w, err
+}
+
+// run verifies and pays until ctx ends. ready is called once requests can come.
+func (w *workers) run(ctx context.Context, model string, ready func()) {
+	if w.trust.published != nil {
+		go w.trust.published.follow(ctx, w.Trust)
+	}
+	if w.cashier != nil {
+		go w.cashier.tend(ctx)
+	}
+	w.Run(ctx, func() {
+		if w.cashier != nil {
+			if err := w.Prepare(ctx, model); err != nil && ctx.Err() == nil {
+				fmt.Fprintln(os.Stderr, "note:", terminal.Line(err.Error()))
+			}
+		}
+		ready()
+	})
+}
+
+// end is called when no request runs any more.
+func (w *workers) end() error {
+	if w.cashier == nil {
+		return nil
+	}
+	return w.cashier.end()
 }
 
 // ProxyCmd serves a local API that forwards to verified VMs.
 type ProxyCmd struct {
 	workerFlags
+	Model     string `placeholder:"MODEL" help:"Find workers that offer this model on TON, by NAME@REVISION, NAME or root hash."`
 	TokenFile string `placeholder:"FILE" help:"A file with the token that the workers ask for. Without one, what the client sends as its API key is passed on to them."`
 	Listen    string `default:"127.0.0.1:8080" placeholder:"HOST:PORT" help:"Where to listen; port 0 picks a free one (default: ${default})."`
 }
@@ -71,7 +137,10 @@ func (c *ProxyCmd) Run(ctx context.Context) error {
 	return nil
 }
 
-func (c *ProxyCmd) run(ctx context.Context) error {
+func (c *ProxyCmd) run(ctx context.Context) (err error) {
+	if c.Model != "" && c.MaxPrice == "" && len(c.Worker) == 0 {
+		return errors.New("to find workers that offer --model give --max-price, --budget and --key-file, too; or name one with --worker")
+	}
 	listener, err := new(net.ListenConfig).Listen(ctx, "tcp", c.Listen)
 	if err != nil {
 		return err
@@ -79,10 +148,15 @@ func (c *ProxyCmd) run(ctx context.Context) error {
 	defer listener.Close()
 	tcp, ok := listener.Addr().(*net.TCPAddr)
 	loopback := ok && tcp.IP.IsLoopback()
-	p, t, err := c.open(ctx, c.TokenFile, loopback)
+	p, err := c.open(ctx, c.TokenFile, loopback, c.Model)
+	if errors.Is(err, errDryRun) {
+		fmt.Fprintln(os.Stderr, err)
+		return nil
+	}
 	if err != nil {
 		return err
 	}
+	defer func() { err = errors.Join(err, p.end()) }()
 	if !loopback {
 		fmt.Fprintf(os.Stderr, "note: %s can be reached from other machines, without TLS and without a password\n", listener.Addr())
 	}
@@ -91,10 +165,7 @@ func (c *ProxyCmd) run(ctx context.Context) error {
 	go func() { failed <- server.Serve(listener) }()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	if t.published != nil {
-		go t.published.follow(ctx, p.Trust)
-	}
-	go p.Run(ctx, func() { fmt.Printf("http://%s/v1\n", listener.Addr()) })
+	go p.run(ctx, c.Model, func() { fmt.Printf("http://%s/v1\n", listener.Addr()) })
 	select {
 	case err := <-failed:
 		return err

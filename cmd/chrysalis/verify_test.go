@@ -150,7 +150,7 @@ func TestProxyGPUs(t *testing.T) {
 	s := attesttest.Serve(vm)
 	defer s.Close()
 	f.Worker = []string{s.URL}
-	p, _, err := f.open(t.Context(), "", false)
+	p, err := f.open(t.Context(), "", false, "")
 	if err != nil {
 		t.Fatal(err)
 	}
