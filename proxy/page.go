@@ -6,9 +6,13 @@ import (
 	"fmt"
 	"html/template"
 	"net/http"
+	"slices"
 	"time"
 
 	"chrysalis/attest"
+	"chrysalis/market"
+	"chrysalis/measure/record"
+	"chrysalis/pay"
 	"chrysalis/pay/purse"
 )
 
@@ -46,6 +50,30 @@ type view struct {
 	Spent string // "" where nobody is paid
 	Left  string
 	Bars  []purse.Bar
+	// Supply is a picture of what is offered; "" where nothing is known of that.
+	Supply template.HTML
+}
+
+// supply draws what is offered. An offer is verified if this proxy has verified a
+// worker at its endpoint that serves the model. market.Supply escapes what strangers
+// wrote.
+func (p *Proxy) supply(payment *Payment) template.HTML {
+	if len(payment.Listed) == 0 {
+		return ""
+	}
+	var offers []market.Offer
+	for _, l := range payment.Listed {
+		o := l.Offer
+		o.Worker = [32]byte{}
+		for _, w := range p.workers {
+			if session, _ := w.verifiedSession(); session != nil && w.endpoint == l.Endpoint &&
+				slices.ContainsFunc(session.Verdict.ModelRoots, func(root record.Hex) bool { return bytes.Equal(root, l.Root) }) {
+				copy(o.Worker[:], session.Verdict.TLSKey)
+			}
+		}
+		offers = append(offers, o)
+	}
+	return template.HTML(market.Supply("What is offered of the model", offers, 2*min(payment.MaxPrice, pay.MaxPrice)))
 }
 
 // paymentRow says what the worker is paid; nil of one that is free.
@@ -102,6 +130,7 @@ func (p *Proxy) page(w http.ResponseWriter, _ *http.Request) {
 		v.Rows = append(v.Rows, r)
 	}
 	if payment := p.options.Payment; payment != nil {
+		v.Supply = p.supply(payment)
 		left, spent := payment.Purse.Budget()
 		v.Spent, v.Left, v.Bars = ton(spent), ton(left), payment.Purse.Bars()
 	}

@@ -22,6 +22,8 @@ import (
 	"chrysalis/attest/evidence"
 	"chrysalis/channel/voucher"
 	"chrysalis/manifest"
+	"chrysalis/market"
+	"chrysalis/measure/record"
 	"chrysalis/pay"
 	"chrysalis/pay/purse"
 	"chrysalis/terminal"
@@ -57,6 +59,16 @@ type Payment struct {
 	// Payees are whom workers' offers name, by endpoint; one whose terms name another is
 	// not paid.
 	Payees map[string][]voucher.Channel
+	// Listed is what is offered of the model that the proxy was started for, at any price,
+	// for its page; what a worker of this proxy is verified to be is added there.
+	Listed []Listed
+}
+
+// Listed is an offer at an endpoint, https://HOST:PORT.
+type Listed struct {
+	Endpoint string
+	Root     record.Hex // of the model's disk
+	market.Offer
 }
 
 // Funds has channels.

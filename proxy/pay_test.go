@@ -688,7 +688,7 @@ func TestStopsHonouring(t *testing.T) {
 		bad = 1
 	}
 	before := w.state(t, bad)
-	for range 5 {
+	for range 20 { // each asks either one first
 		if got := w.served(t, body(true, "")); got != w.servers[1-bad].URL {
 			t.Errorf("answered by %s", got)
 		}

@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"context"
 	"errors"
-	"math"
 	"math/rand/v2"
 	"slices"
 	"sync"
@@ -14,6 +13,7 @@ import (
 	"chrysalis/attest"
 	"chrysalis/channel/voucher"
 	"chrysalis/manifest"
+	"chrysalis/market"
 	"chrysalis/terminal"
 )
 
@@ -165,34 +165,31 @@ func (w *worker) began(took time.Duration) {
 // Refused ones get none until the background finds them good again. One whose evidence
 // is good, but that left the last request without an answer, comes after all that
 // answer, and so does one that does not serve the model, that did not honour what it
-// was paid, or that answers as many requests as it can at a time. Of the others the
-// cheapest comes first; prices that differ by less than a tenth are alike, so that
-// requests spread, and so are latencies that differ by less than half.
+// was paid, or that answers as many requests as it can at a time. The others are asked
+// in the order of market.Taste.
 func (p *Proxy) order(model string) []*worker {
 	type rank struct {
 		w                         *worker
 		state                     state
 		mute, lacks, paused, full int
-		price, latency            int
-		load                      int64
-		dice                      uint32
 	}
 	var ranks []rank
+	var candidates []market.Candidate
 	now := time.Now()
 	for _, w := range p.workers {
-		r := rank{w: w, mute: int(min(w.silent.Load(), 1)), load: w.inFlight.Load(), dice: rand.Uint32()}
+		r := rank{w: w, mute: int(min(w.silent.Load(), 1))}
+		c := market.Candidate{InFlight: int(w.inFlight.Load())}
 		w.mu.Lock()
 		m := w.manifest
-		r.state, r.latency = w.state, magnitude(float64(w.latency.Milliseconds()), 1.5)
+		r.state, c.Latency = w.state, w.latency
 		w.mu.Unlock()
 		if r.state == refused {
 			continue
 		}
 		if m != nil {
-			r.full = one(r.load >= int64(m.Limits.Concurrency))
+			r.full = one(c.InFlight >= m.Limits.Concurrency)
 			if id, ok := modelOf(m, model); ok {
-				price := w.paying.price(m, id)
-				r.price = magnitude(float64(price.Prompt)+float64(price.Completion), 1.1)
+				c.Price = w.paying.price(m, id)
 			} else {
 				r.lacks = 1
 			}
@@ -200,14 +197,18 @@ func (p *Proxy) order(model string) []*worker {
 		w.paying.mu.Lock()
 		r.paused = one(now.Before(w.paying.until))
 		w.paying.mu.Unlock()
-		ranks = append(ranks, r)
+		c.Busy = r.state != verified || r.mute+r.lacks+r.paused+r.full > 0
+		ranks, candidates = append(ranks, r), append(candidates, c)
 	}
-	slices.SortFunc(ranks, func(a, b rank) int {
-		return cmp.Or(cmp.Compare(a.state, b.state), cmp.Compare(a.mute, b.mute), cmp.Compare(a.lacks, b.lacks), cmp.Compare(a.paused, b.paused),
-			cmp.Compare(a.full, b.full), cmp.Compare(a.price, b.price), cmp.Compare(a.load, b.load), cmp.Compare(a.latency, b.latency), cmp.Compare(a.dice, b.dice))
+	order := make([]rank, 0, len(ranks))
+	for _, i := range market.DefaultTaste().Order(candidates, market.Tokens{Prompt: 1_000_000, Completion: 1_000_000}, rand.Uint32) {
+		order = append(order, ranks[i])
+	}
+	slices.SortStableFunc(order, func(a, b rank) int {
+		return cmp.Or(cmp.Compare(a.state, b.state), cmp.Compare(a.mute, b.mute), cmp.Compare(a.lacks, b.lacks), cmp.Compare(a.paused, b.paused), cmp.Compare(a.full, b.full))
 	})
-	out := make([]*worker, len(ranks))
-	for i, r := range ranks {
+	out := make([]*worker, len(order))
+	for i, r := range order {
 		out[i] = r.w
 	}
 	return out
@@ -218,12 +219,4 @@ func one(yes bool) int {
 		return 1
 	}
 	return 0
-}
-
-// magnitude is which power of a base a number has come to; 0 of none.
-func magnitude(n, base float64) int {
-	if n <= 0 {
-		return 0
-	}
-	return 1 + int(math.Log(1+n)/math.Log(base))
 }

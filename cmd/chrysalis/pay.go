@@ -16,6 +16,8 @@ import (
 
 	"chrysalis/channel/voucher"
 	"chrysalis/launcher"
+	"chrysalis/market"
+	"chrysalis/pay"
 	"chrysalis/pay/funds"
 	"chrysalis/pay/purse"
 	"chrysalis/proxy"
@@ -76,6 +78,7 @@ type cashier struct {
 	budget   uint64
 	deposit  uint64
 	payees   map[string][]voucher.Channel
+	listed   []proxy.Listed
 	once     sync.Once
 }
 
@@ -183,7 +186,7 @@ func (c *cashier) close() error {
 
 // payment is how the proxy pays.
 func (c *cashier) payment() *proxy.Payment {
-	return &proxy.Payment{Purse: c.purse, MaxPrice: int64(min(c.maxPrice, 1<<62)), Funds: c.funds, Payees: c.payees}
+	return &proxy.Payment{Purse: c.purse, MaxPrice: int64(min(c.maxPrice, 1<<62)), Funds: c.funds, Payees: c.payees, Listed: c.listed}
 }
 
 // Of the offers of a model so many are looked at, the cheapest first, and so many of
@@ -204,6 +207,13 @@ func (c *cashier) find(ctx context.Context, model string) ([]string, error) {
 		return nil, err
 	}
 	warn(view)
+	for _, match := range registry.Find(offers, model, 0) {
+		c.listed = append(c.listed, proxy.Listed{
+			Endpoint: "https://" + match.Offer.Endpoint, Root: match.Model.RootHash,
+			Offer: market.Offer{Owner: match.Offer.Account.Raw(), Capacity: match.Offer.Capacity,
+				Price: pay.Price{Prompt: match.Model.PromptPrice, Completion: match.Model.CompletionPrice}},
+		})
+	}
 	var endpoints []string
 	c.payees = map[string][]voucher.Channel{}
 	for _, match := range registry.Find(offers, model, int64(min(c.maxPrice, 1<<62))) {
