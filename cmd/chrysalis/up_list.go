@@ -25,7 +25,7 @@ type upOffer struct {
 // Validate is kong's hook.
 func (c *UpCmd) Validate() error {
 	o := &c.Offer
-	if err := c.Pay.validate(o); err != nil {
+	if err := c.Pay.validate(o, c.Manifest != ""); err != nil {
 		return err
 	}
 	if !c.List {

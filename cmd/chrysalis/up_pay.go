@@ -38,11 +38,12 @@ func (f *priceFlags) paid(o *upOffer) bool {
 	return false
 }
 
-func (f *priceFlags) validate(o *upOffer) error {
+// validate refuses flags that say nothing. A manifest file may have ceilings.
+func (f *priceFlags) validate(o *upOffer, file bool) error {
 	if f.Price == "fixed" && (f.PromptFloor != nil || f.CompletionFloor != nil) {
 		return errors.New("floors are given without --price=auto")
 	}
-	if f.paid(o) {
+	if f.paid(o) || file {
 		return nil
 	}
 	if f.VoucherStep != nil || f.ClaimKey != "" || f.Price != "fixed" {

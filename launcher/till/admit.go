@@ -198,8 +198,13 @@ func (t *Till) take(ctx context.Context, s *store.Store, id voucher.Channel, r R
 		}
 		t.refused[id] = now.Add(patience(err))
 	}
-	if !again && t.lines.take(now) { // anybody can cause this line
+	if again || !t.lines.take(now) { // anybody can cause this line
+		return
+	}
+	if asked {
 		t.o.Log("the channel %v is not served on: %v", id, err)
+	} else {
+		t.o.Log("the channel %v, read again: %v", id, err)
 	}
 }
 

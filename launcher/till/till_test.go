@@ -175,8 +175,9 @@ type vm struct {
 	paid   *guest.ControlPayment
 	wanted map[voucher.Channel]bool
 	deaf   bool
-	asked  int // how often channels were wanted
-	forge  *guest.ControlReply
+	asked  int                 // how often channels were wanted
+	forge  *guest.ControlReply // is told until it is acknowledged, and once at least
+	forged bool
 }
 
 func newVM(t testing.TB, network int32) *vm {
@@ -239,10 +240,11 @@ func (v *vm) Control(ctx context.Context, r guest.ControlRequest) (guest.Control
 		v.mu.Lock()
 		if f := v.forge; f != nil {
 			defer v.mu.Unlock()
-			if r.Ack == f.Batch {
-				v.forge = nil
+			if v.forged && r.Ack == f.Batch {
+				v.forge, v.forged = nil, false
 				return guest.ControlReply{OK: true}, nil
 			}
+			v.forged = true
 			return *f, nil
 		}
 		reply := guest.ControlReply{OK: true}
