@@ -4,9 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
-	"log"
-	"net"
 	"net/http"
 	"strings"
 	"sync"
@@ -19,9 +16,8 @@ import (
 // Proxied is a Backend that asks through a proxy. The two talk within this process:
 // no port is open.
 type Proxied struct {
-	proxy  *proxy.Proxy
-	server *http.Server
-	dial   func(context.Context, string, string) (net.Conn, error)
+	proxy *proxy.Proxy
+	local *proxy.Local
 
 	mu    sync.Mutex
 	model string
@@ -30,23 +26,17 @@ type Proxied struct {
 // NewProxied serves p within this process until Close. model is what is asked;
 // the first one that is served when empty.
 func NewProxied(p *proxy.Proxy, model string) *Proxied {
-	l := &pipes{conns: make(chan net.Conn), closed: make(chan struct{})}
-	b := &Proxied{
-		proxy: p, model: model, dial: l.dial,
-		server: &http.Server{Handler: p, ErrorLog: log.New(io.Discard, "", 0)},
-	}
-	go b.server.Serve(l)
-	return b
+	return &Proxied{proxy: p, model: model, local: p.Local()}
 }
 
 // Close ends what is being answered.
-func (b *Proxied) Close() error { return b.server.Close() }
+func (b *Proxied) Close() error { return b.local.Close() }
 
 // Ask implements Backend.
 func (b *Proxied) Ask(ctx context.Context, chat []openai.Message, each func(string) error) (worker string, err error) {
-	transport := &http.Transport{DialContext: b.dial, DisableCompression: true}
+	transport := b.local.Transport()
 	defer transport.CloseIdleConnections()
-	client := &openai.Client{Endpoint: "http://localhost", HTTP: &http.Client{Transport: tripper(func(r *http.Request) (*http.Response, error) {
+	client := &openai.Client{Endpoint: proxy.LocalEndpoint, HTTP: &http.Client{Transport: tripper(func(r *http.Request) (*http.Response, error) {
 		answer, err := transport.RoundTrip(r)
 		if err == nil {
 			worker = answer.Header.Get(proxy.WorkerHeader)
@@ -135,46 +125,3 @@ type tripper func(*http.Request) (*http.Response, error)
 
 // RoundTrip implements http.RoundTripper.
 func (f tripper) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }
-
-// pipes is a listener whose connections never leave the process.
-type pipes struct {
-	conns  chan net.Conn
-	once   sync.Once
-	closed chan struct{}
-}
-
-func (p *pipes) dial(ctx context.Context, _, _ string) (net.Conn, error) {
-	ours, theirs := net.Pipe()
-	select {
-	case p.conns <- theirs:
-		return ours, nil
-	case <-p.closed:
-		return nil, net.ErrClosed
-	case <-ctx.Done():
-		return nil, ctx.Err()
-	}
-}
-
-// Accept implements net.Listener.
-func (p *pipes) Accept() (net.Conn, error) {
-	select {
-	case c := <-p.conns:
-		return c, nil
-	case <-p.closed:
-		return nil, net.ErrClosed
-	}
-}
-
-// Close implements net.Listener.
-func (p *pipes) Close() error {
-	p.once.Do(func() { close(p.closed) })
-	return nil
-}
-
-// Addr implements net.Listener.
-func (p *pipes) Addr() net.Addr { return pipeAddr{} }
-
-type pipeAddr struct{}
-
-func (pipeAddr) Network() string { return "pipe" }
-func (pipeAddr) String() string  { return "localhost" }

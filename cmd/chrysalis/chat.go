@@ -12,15 +12,18 @@ import (
 	"path/filepath"
 	"strings"
 
+	"chrysalis/attest"
 	"chrysalis/attest/receipt"
 	"chrysalis/launcher"
 	"chrysalis/openai"
+	"chrysalis/proxy"
 	"chrysalis/terminal"
 )
 
 // ChatCmd asks a VM a question, having verified it.
 type ChatCmd struct {
 	trustFlags
+	payFlags
 	Question    string   `arg:"" help:"What to ask."`
 	Endpoint    string   `default:"default" placeholder:"URL|NAME" help:"Where to ask: https://HOST:PORT, or the name of a VM on this machine (default: ${default})."`
 	Model       string   `help:"The model (default: the first that is served)."`
@@ -33,20 +36,90 @@ type ChatCmd struct {
 	JSON        bool     `name:"json" help:"Print one JSON document with the whole answer."`
 }
 
-// Run streams the answer to standard output.
-func (c *ChatCmd) Run(ctx context.Context) error {
-	t, err := c.load(ctx)
+// asking is a VM that has been verified, and the way to ask it.
+type asking struct {
+	session  *attest.Session
+	trust    *trust
+	endpoint string
+	token    string
+	http     http.RoundTripper
+	close    func() error
+}
+
+// direct asks without anything in between.
+func (c *ChatCmd) direct(ctx context.Context) (_ *asking, err error) {
+	a := &asking{}
+	if a.trust, err = c.load(ctx); err != nil {
+		return a, err
+	}
+	if a.endpoint, err = findEndpoint(ctx, c.Endpoint); err != nil {
+		return a, err
+	}
+	if a.token, err = readToken(c.TokenFile); err != nil {
+		return a, err
+	}
+	transport := a.trust.transport()
+	a.http, a.close = transport, func() error { transport.CloseIdleConnections(); return nil }
+	a.session, err = transport.Attest(ctx, a.endpoint)
+	return a, err
+}
+
+// paying asks through a proxy in this process, which pays.
+func (c *ChatCmd) paying(ctx context.Context) (*asking, error) {
+	a := &asking{endpoint: proxy.LocalEndpoint}
+	w := workerFlags{trustFlags: c.trustFlags, payFlags: c.payFlags, Worker: []string{c.Endpoint}}
+	p, err := w.open(ctx, c.TokenFile, true, c.Model)
 	if err != nil {
-		return &exitError{exitNotChecked, err}
+		return a, err
+	}
+	proxying, stop := context.WithCancel(context.WithoutCancel(ctx))
+	local := p.Local()
+	a.trust, a.http = p.trust, local.Transport()
+	a.close = func() error {
+		err := local.Close()
+		stop()
+		return errors.Join(err, p.end())
+	}
+	ready := make(chan struct{})
+	go p.run(proxying, c.Model, func() { close(ready) })
+	select {
+	case <-ready:
+	case <-ctx.Done():
+		return a, ctx.Err()
 	}
 	endpoint, err := findEndpoint(ctx, c.Endpoint)
 	if err != nil {
-		return &exitError{exitNotChecked, err}
+		return a, err
 	}
-	transport := t.transport()
-	defer transport.CloseIdleConnections()
+	if a.session = p.Session(endpoint); a.session == nil {
+		return a, fmt.Errorf("%s has not answered", endpoint)
+	}
+	if !a.session.Verdict.OK {
+		return a, attest.ErrNotVerified
+	}
+	return a, nil
+}
+
+// Run streams the answer to standard output.
+func (c *ChatCmd) Run(ctx context.Context) (err error) {
+	pays, err := c.given()
+	if err != nil {
+		return err
+	}
+	ask := c.direct
+	if pays {
+		ask = c.paying
+	}
 	// The checks first: whoever reads along sees that nothing was sent before.
-	session, err := transport.Attest(ctx, endpoint)
+	a, err := ask(ctx)
+	if errors.Is(err, errDryRun) {
+		fmt.Fprintln(os.Stderr, err)
+		return nil
+	}
+	if a.close != nil {
+		defer func() { err = errors.Join(err, a.close()) }()
+	}
+	session := a.session
 	if session != nil && (c.Checks || !session.Verdict.OK) {
 		if err := printVerdict(os.Stderr, session); err != nil {
 			return err
@@ -62,12 +135,8 @@ func (c *ChatCmd) Run(ctx context.Context) error {
 	if !c.Checks && !verdict.Confidential {
 		fmt.Fprintln(os.Stderr, "note:", conclusion(session))
 	}
-	token, err := readToken(c.TokenFile)
-	if err != nil {
-		return err
-	}
-	client := &openai.Client{Endpoint: endpoint, Token: token, HTTP: &http.Client{
-		Transport:     transport,
+	client := &openai.Client{Endpoint: a.endpoint, Token: a.token, HTTP: &http.Client{
+		Transport:     a.http,
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	}}
 	model := c.Model
@@ -89,7 +158,7 @@ func (c *ChatCmd) Run(ctx context.Context) error {
 
 	if c.Save != "" {
 		// First, so that a folder that is not empty is found before the question is sent.
-		if err := session.Save(c.Save, t.policy, t.records); err != nil {
+		if err := session.Save(c.Save, a.trust.policy, a.trust.records); err != nil {
 			return err
 		}
 		var salt [receipt.SaltSize]byte
@@ -114,7 +183,10 @@ func (c *ChatCmd) Run(ctx context.Context) error {
 		fmt.Println()
 	}
 	if refused, ok := errors.AsType[*openai.Error](err); ok && refused.Status == http.StatusPaymentRequired {
-		return fmt.Errorf("this worker wants to be paid; ask it through 'chrysalis proxy --worker %s --max-price=TON --budget=TON --key-file=FILE' (docs/market.md)", endpoint)
+		if pays {
+			return cleanError(err)
+		}
+		return errors.New("this worker wants to be paid; add --max-price=TON --budget=TON --key-file=FILE (docs/market.md)")
 	}
 	if err != nil {
 		return cleanError(err)

@@ -4,7 +4,6 @@ import (
 	"context"
 	"encoding/hex"
 	"errors"
-	"fmt"
 	"io"
 	"net"
 	"net/http"
@@ -294,14 +293,33 @@ func TestProxyPays(t *testing.T) {
 	if _, err := runCommand(t, "channel", "forgive", "--key-file", payer, owned); err == nil {
 		t.Error("forgiven twice")
 	}
-	// chat says what is to be done.
-	c, err := parse(t, "chat", "--endpoint", worker.URL, "--policy", trust.Policy, "--record", trust.Record[0], "--model", "test/model", "hello")
-	if err != nil {
-		t.Fatal(err)
-	}
-	said(t, func() {
-		if err := c.Chat.Run(t.Context()); err == nil || !strings.Contains(err.Error(), fmt.Sprintf("chrysalis proxy --worker %s --max-price", worker.URL)) {
-			t.Error(err)
+	// chat says what is to be done, and does it.
+	chat := func(more ...string) (out, text string, err error) {
+		t.Helper()
+		c, bad := parse(t, append([]string{"chat", "--endpoint", worker.URL, "--policy", trust.Policy, "--record", trust.Record[0], "--model", "test/model", "--key-file", payer, "hello"}, more...)...)
+		if bad != nil {
+			t.Fatal(bad)
 		}
-	})
+		text = said(t, func() {
+			out, err = capture(t, func() error { return c.Chat.Run(t.Context()) })
+		})
+		return out, text, err
+	}
+	if _, _, err := chat(); err == nil || !strings.Contains(err.Error(), "add --max-price") {
+		t.Error(err)
+	}
+	if _, _, err := chat("--max-price", "3"); err == nil || !strings.Contains(err.Error(), "--budget") {
+		t.Error(err)
+	}
+	if out, _, err := chat("--max-price", "1.9", "--budget", "1", "--yes"); err == nil || out != "" {
+		t.Errorf("%v, %s", err, out)
+	}
+	saved := filepath.Join(dir, "saved")
+	out, text, err := chat("--max-price", "3", "--budget", "1", "--yes", "--checks", "--save", saved, "--close-idle", "0s")
+	if err != nil || strings.TrimSpace(out) == "" || !strings.Contains(text, "✔") || !strings.Contains(text, "was paid") {
+		t.Errorf("%v\n%s\n%s", err, out, text)
+	}
+	if out, err := runCommand(t, "verify", "receipt", "--policy", trust.Policy, "--record", trust.Record[0], saved); err != nil || !strings.Contains(out, "TON charged") {
+		t.Errorf("%v\n%s", err, out)
+	}
 }

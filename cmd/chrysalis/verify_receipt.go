@@ -11,6 +11,8 @@ import (
 
 	"chrysalis/attest"
 	"chrysalis/attest/receipt"
+	"chrysalis/pay"
+	"chrysalis/registry"
 	"chrysalis/terminal"
 )
 
@@ -77,6 +79,13 @@ func (c *VerifyReceiptCmd) Run(ctx context.Context) error {
 	counts := ""
 	if r.PromptTokens != nil && r.CompletionTokens != nil {
 		counts = fmt.Sprintf(", %d tokens in and %d out", *r.PromptTokens, *r.CompletionTokens)
+	}
+	if p := r.Payment; p != nil {
+		charged, err := pay.ParseAmount(p.Charged)
+		if err != nil {
+			return &exitError{exitRefused, err}
+		}
+		counts += fmt.Sprintf(", %s charged", registry.TON(charged))
 	}
 	about := "these bodies"
 	if !bodies {
