@@ -384,6 +384,20 @@ func (w *paidWorld) state(t *testing.T, i int) purse.State {
 	return purse.State{}
 }
 
+// quiet is where a channel stands when nothing is on its way any more, such as the
+// voucher that the last text of an answer called for.
+func (w *paidWorld) quiet(t *testing.T, i int) purse.State {
+	t.Helper()
+	before := purse.State{}
+	for same := 0; same < 10; time.Sleep(10 * time.Millisecond) {
+		now := w.purse.States()[i]
+		if same++; now != before || now.Taken != now.Signed || now.Running > 0 {
+			before, same = now, 0
+		}
+	}
+	return before
+}
+
 // TestPaid pays for streams and answers that are none, and both sides come to the same.
 func TestPaid(t *testing.T) {
 	w := startPaid(t, 1, 1<<40, nil)
@@ -593,14 +607,7 @@ func TestRestart(t *testing.T) {
 			w := startPaid(t, 1, 1<<40, func(_ *paidWorld, o *proxy.Options) { o.Policy.MaxAgeSeconds = 600 })
 			till := w.tills[0]
 			w.served(t, body(true, ""))
-			// The voucher that the answer's text called for may be on its way.
-			before := w.state(t, 0)
-			for same := 0; same < 10; time.Sleep(10 * time.Millisecond) {
-				now := w.state(t, 0)
-				if same++; now != before || now.Taken != now.Signed {
-					before, same = now, 0
-				}
-			}
+			before := w.quiet(t, 0)
 			vm := *w.vms[0]
 			vm.NewKey()
 			best := voucher.Sign(payerKey, payNetwork, before.Channel, before.Signed)
