@@ -1,6 +1,6 @@
 # The commands that a person needs; each sets up what it needs itself.
 #
-#   make demo    from nothing to an answer out of a VM
+#   make demo    from nothing to a paid answer out of a VM
 #   make test    every test, those in real VMs included
 #   make image   the UKI, the disks and their manifest, in out/
 #   make release the same, and their hashes, in release.json, to be committed

@@ -17,6 +17,7 @@ import (
 	"chrysalis/guest"
 	"chrysalis/launcher/till"
 	"chrysalis/manifest"
+	"chrysalis/models"
 	"chrysalis/pay"
 	"chrysalis/registry"
 	"chrysalis/registry/lite"
@@ -62,23 +63,9 @@ func forEach(what string, prices []pay.Price, models int) ([]pay.Price, error) {
 }
 
 // manifest puts the ceilings into a manifest that is being made.
-func (p *Payment) manifest(m *manifest.Manifest) error {
-	ceilings, err := forEach("ceilings", p.Ceilings, len(m.Models))
-	if err != nil {
-		return err
-	}
-	step := p.Step
-	if step == 0 {
-		for _, c := range ceilings {
-			step = max(step, uint64(max(c.Prompt, c.Completion))/10)
-		}
-		step = min(max(step, 1), pay.MaxStep)
-	}
-	if step > pay.MaxStep {
-		return fmt.Errorf("a voucher step of %s; at most %s is possible", registry.TON(step), registry.TON(pay.MaxStep))
-	}
-	m.Payment = &manifest.Payment{Network: p.GlobalID, Step: int64(step), Ceilings: ceilings}
-	return nil
+func (p *Payment) manifest(m *manifest.Manifest) (err error) {
+	m.Payment, err = models.Payment(p.GlobalID, len(m.Models), p.Ceilings, p.Step)
+	return err
 }
 
 // plan checks all that can be wrong before a VM is booted, which is much cheaper than

@@ -2,8 +2,10 @@ package models
 
 import (
 	"encoding/hex"
+	"fmt"
 
 	"chrysalis/manifest"
+	"chrysalis/pay"
 	"chrysalis/verity"
 )
 
@@ -27,4 +29,31 @@ func Manifest(engine verity.Description, models []Info, gpus int, parameters map
 		m.Models = append(m.Models, manifest.Model{Name: info.Name, Revision: info.Revision, Disk: ManifestDisk(info.Disk)})
 	}
 	return m
+}
+
+// Payment returns what a manifest says of payments on a network: ceilings for each of
+// so many models, or one that is that of all, and the least that a voucher adds, in
+// nanotons; a tenth of the highest ceiling where step is 0.
+func Payment(network int32, models int, ceilings []pay.Price, step uint64) (*manifest.Payment, error) {
+	switch len(ceilings) {
+	case models:
+	case 1:
+		one := ceilings[0]
+		ceilings = make([]pay.Price, models)
+		for i := range ceilings {
+			ceilings[i] = one
+		}
+	default:
+		return nil, fmt.Errorf("%d ceilings for %d models; give one for each, or one for all", len(ceilings), models)
+	}
+	if step == 0 {
+		for _, c := range ceilings {
+			step = max(step, uint64(max(c.Prompt, c.Completion, 0))/10)
+		}
+		step = min(max(step, 1), pay.MaxStep)
+	}
+	if step > pay.MaxStep {
+		return nil, fmt.Errorf("a voucher step of %d nanotons; at most %d is possible", step, int64(pay.MaxStep))
+	}
+	return &manifest.Payment{Network: network, Step: int64(step), Ceilings: ceilings}, nil
 }

@@ -17,6 +17,7 @@ import (
 	"chrysalis/measure"
 	"chrysalis/measure/plan"
 	"chrysalis/measure/record"
+	"chrysalis/pay"
 	"chrysalis/terminal"
 )
 
@@ -44,7 +45,33 @@ type MeasureCmd struct {
 	JSON          bool     `name:"json" help:"Print the record, or for --kernel the registers, as JSON."`
 	Tools         string   `hidden:"" env:"CHRYSALIS_TOOLS" placeholder:"DIR" help:"The tools root."`
 
+	PromptCeiling     tonPrice `group:"A VM that is paid:" placeholder:"TON" help:"The most that a million tokens of prompts can ever cost."`
+	CompletionCeiling tonPrice `group:"A VM that is paid:" placeholder:"TON" help:"The same of completions."`
+	VoucherStep       tonPrice `group:"A VM that is paid:" placeholder:"TON" help:"What a client pays at a time (default: a tenth of the highest ceiling)."`
+	TONNetwork        string   `name:"ton-network" group:"A VM that is paid:" env:"CHRYSALIS_TON_NETWORK" default:"mainnet" placeholder:"NAME" help:"mainnet, testnet, devnet, or a network's global id (default: ${default})."`
+
 	Foreign foreignFlags `embed:"" group:"A VM that is not ours:"`
+}
+
+// payment is what 'up' puts into the manifest of a VM that is paid, or nil.
+func (c *MeasureCmd) payment() (*plan.Payment, error) {
+	if c.PromptCeiling == 0 && c.CompletionCeiling == 0 {
+		if c.VoucherStep != 0 {
+			return nil, errors.New("--voucher-step is given without --prompt-ceiling and --completion-ceiling")
+		}
+		return nil, nil
+	}
+	if c.Manifest != "" || c.Engine == "" || len(c.Model) == 0 {
+		return nil, errors.New("ceilings go into a manifest that is made from --engine and --model")
+	}
+	network, err := (&tonFlags{Network: c.TONNetwork}).named()
+	if err != nil {
+		return nil, err
+	}
+	return &plan.Payment{
+		Network: network.GlobalID, Step: uint64(c.VoucherStep),
+		Ceilings: []pay.Price{{Prompt: int64(c.PromptCeiling), Completion: int64(c.CompletionCeiling)}},
+	}, nil
 }
 
 // Help is what 'chrysalis measure --help' says below the usage.
@@ -54,6 +81,10 @@ func (*MeasureCmd) Help() string {
 
 // Run writes or prints a record.
 func (c *MeasureCmd) Run(ctx context.Context) error {
+	payment, err := c.payment()
+	if err != nil {
+		return &exitError{exitBadInput, err}
+	}
 	tools, err := openToolsRoot(c.Tools)
 	if err != nil {
 		return err
@@ -63,7 +94,7 @@ func (c *MeasureCmd) Run(ctx context.Context) error {
 	}
 	result, err := plan.Run(ctx, plan.Options{
 		Platform: record.Platform(c.Platform), Boot: record.Boot(c.Boot),
-		Image: c.Image, Engine: c.Engine, Models: c.Model, Manifest: c.Manifest, Shapes: c.Shape, Disk: c.Disk, ExitFailures: c.ExitFailures,
+		Image: c.Image, Engine: c.Engine, Models: c.Model, Manifest: c.Manifest, Payment: payment, Shapes: c.Shape, Disk: c.Disk, ExitFailures: c.ExitFailures,
 		Firmware: c.Foreign.Firmware, Profile: c.Foreign.FirmwareProfile, Commit: c.Commit, Lock: chrysalis.ImageLock, Tools: tools,
 	})
 	if err != nil {

@@ -79,6 +79,7 @@ type cashier struct {
 	deposit  uint64
 	payees   map[string][]voucher.Channel
 	listed   []proxy.Listed
+	closing  sync.Map // voucher.Channel
 	once     sync.Once
 }
 
@@ -321,6 +322,7 @@ func (c *cashier) closeIdle(ctx context.Context, idle time.Duration) {
 			fmt.Fprintf(os.Stderr, "%s: %s; close it with 'chrysalis channel close %s'\n", lite.Address{ID: s.Channel}, terminal.Line(err.Error()), lite.Address{ID: s.Channel})
 			continue
 		}
+		c.closing.Store(s.Channel, true)
 		fmt.Fprintf(os.Stderr, "the channel %s is closing; take the rest with 'chrysalis channel close %s' from %s on\n",
 			lite.Address{ID: s.Channel}, lite.Address{ID: s.Channel}, at.Format(time.RFC3339))
 	}
@@ -336,7 +338,7 @@ func (c *cashier) end() error {
 	_, spent := c.purse.Budget()
 	fmt.Fprintf(os.Stderr, "%s was paid\n", registry.TON(spent))
 	for _, s := range c.purse.States() {
-		if s.Limit > 0 {
+		if _, closing := c.closing.Load(s.Channel); s.Limit > 0 && !closing {
 			fmt.Fprintf(os.Stderr, "the channel %s to %s stays open with %s that nothing is signed for; the next run uses it, 'chrysalis channel close %s' takes it back\n",
 				lite.Address{ID: s.Channel}, lite.Address{ID: s.Payee}, registry.TON(s.Limit-min(s.Limit, s.Signed)), lite.Address{ID: s.Channel})
 		}

@@ -316,7 +316,7 @@ func TestProxyPays(t *testing.T) {
 	}
 	saved := filepath.Join(dir, "saved")
 	out, text, err := chat("--max-price", "3", "--budget", "1", "--yes", "--checks", "--save", saved, "--close-idle", "0s")
-	if err != nil || strings.TrimSpace(out) == "" || !strings.Contains(text, "✔") || !strings.Contains(text, "was paid") {
+	if err != nil || strings.TrimSpace(out) == "" || !strings.Contains(text, "✔") || !strings.Contains(text, "was paid") || !strings.Contains(text, "is closing") || strings.Contains(text, "stays open") {
 		t.Errorf("%v\n%s\n%s", err, out, text)
 	}
 	if out, err := runCommand(t, "verify", "receipt", "--policy", trust.Policy, "--record", trust.Record[0], saved); err != nil || !strings.Contains(out, "TON charged") {

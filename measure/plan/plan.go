@@ -29,6 +29,7 @@ import (
 	"chrysalis/measure/cel"
 	"chrysalis/measure/record"
 	"chrysalis/models"
+	"chrysalis/pay"
 	"chrysalis/verity"
 	"chrysalis/verity/disk"
 )
@@ -41,6 +42,7 @@ type Options struct {
 	Engine   string   // the engine disk; "" leaves engines out of the record
 	Models   []string // the model disks
 	Manifest string   // a manifest file; made from the disks when empty
+	Payment  *Payment // what clients can be charged, in a manifest that is made; nil for nothing
 	Shapes   []string // all published ones when empty
 	Disk     string   // the disk that is started from, where Boot is BootDisk
 	Firmware string   // the firmware; that of the tools root when empty
@@ -50,6 +52,13 @@ type Options struct {
 	Commit       string // of the source; that of the provenance beside the image when empty
 	Lock         []byte // image.lock
 	Tools        *toolsroot.Root
+}
+
+// Payment is what models.Payment takes.
+type Payment struct {
+	Network  int32
+	Ceilings []pay.Price
+	Step     uint64
 }
 
 // Result is a prediction.
@@ -374,7 +383,13 @@ func (r *Result) disks(ctx context.Context, o Options) ([]record.Engine, []recor
 			return nil, nil, fmt.Errorf("read the manifest: %w", err)
 		}
 	} else if len(infos) > 0 {
-		if r.Manifest, err = models.Manifest(description, infos, 0, nil).Encode(); err != nil {
+		m := models.Manifest(description, infos, 0, nil)
+		if p := o.Payment; p != nil {
+			if m.Payment, err = models.Payment(p.Network, len(m.Models), p.Ceilings, p.Step); err != nil {
+				return nil, nil, err
+			}
+		}
+		if r.Manifest, err = m.Encode(); err != nil {
 			return nil, nil, err
 		}
 	}
