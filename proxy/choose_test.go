@@ -164,6 +164,34 @@ func TestLimits(t *testing.T) {
 	}
 }
 
+// TestServedBefore keeps a worker that served in an earlier run, though more than are kept
+// are cheaper and have served nothing yet.
+func TestServedBefore(t *testing.T) {
+	var options proxy.Options
+	var all []proxy.Listed
+	w := choosing(t, proxy.MaxKept+1, &bazaar{}, func(w *paidWorld, o *proxy.Options) {
+		for i := range w.tills {
+			all = append(all, w.offer(i))
+		}
+		o.Payment.Listed = all[:1]
+		options = *o
+	})
+	w.proxy.Choose(t.Context(), payModel)
+	w.served(t, body(true, ""))
+	payment := *options.Payment
+	payment.Listed, options.Payment = all, &payment
+	again, err := proxy.New(options)
+	if err != nil {
+		t.Fatal(err)
+	}
+	quotes := again.Choose(t.Context(), payModel)
+	for at, q := range quotes {
+		if kept := q.Problem == ""; kept != (at < proxy.MaxKept) || q.Endpoint == w.servers[0].URL && !kept {
+			t.Errorf("%d: %+v", at, q)
+		}
+	}
+}
+
 // TestRefusals has workers that are cheap and verified, take the client's requests and
 // refuse them: each is asked once.
 func TestRefusals(t *testing.T) {

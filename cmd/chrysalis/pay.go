@@ -239,16 +239,22 @@ func (c *cashier) offers(ctx context.Context, model string) ([]proxy.Listed, err
 // errDryRun ends a command that was to show its plan only.
 var errDryRun = errors.New("dry run: nothing was paid")
 
+// maxTold is how many workers that are not used are shown: anyone can offer anything.
+const maxTold = 16
+
 // plan shows who would be paid how much, asks whether to, and returns the endpoints
-// that can be used.
-func (c *cashier) plan(quotes []proxy.Quote) ([]string, error) {
+// that can be used. pays says that others may be paid later.
+func (c *cashier) plan(quotes []proxy.Quote, pays bool) ([]string, error) {
 	var usable []string
-	pays := false
+	unused := 0
 	w := tabwriter.NewWriter(os.Stderr, 0, 8, 2, ' ', 0)
 	fmt.Fprintln(w, "WORKER\tMODEL\tPROMPTS\tANSWERS\tAT MOST\tPAYEE")
 	for _, q := range quotes {
 		switch {
 		case q.Problem != "":
+			if unused++; unused > maxTold {
+				continue
+			}
 			fmt.Fprintf(w, "%s\tnot used: %s\n", terminal.Line(q.Endpoint), q.Problem)
 			continue
 		case len(usable) == proxy.MaxKept:
@@ -265,6 +271,9 @@ func (c *cashier) plan(quotes []proxy.Quote) ([]string, error) {
 	}
 	if err := w.Flush(); err != nil {
 		return nil, err
+	}
+	if unused > maxTold {
+		fmt.Fprintf(os.Stderr, "%d more are not used\n", unused-maxTold)
 	}
 	if pays {
 		fmt.Fprintf(os.Stderr, "prices are for a million tokens; at most %s is paid in this run. Channels are opened as they are needed, with %s each and %s in all at most; each takes up to %s more for rent and gas, most of which comes back\n",

@@ -69,8 +69,8 @@ func (f *workerFlags) open(ctx context.Context, tokenFile string, loopback bool,
 				return nil, err
 			}
 			// More may be found later. They are paid at prices within the same bounds, out of
-			// the same budget.
-			_, err = w.cashier.plan(w.Choose(ctx, model))
+			// the same budget, which is what is agreed to even where all are free now.
+			_, err = w.cashier.plan(w.Choose(ctx, model), true)
 			return w, err
 		}
 	}
@@ -89,7 +89,7 @@ func (f *workerFlags) open(ctx context.Context, tokenFile string, loopback bool,
 		if err != nil {
 			return nil, err
 		}
-		if options.Workers, err = w.cashier.plan(first.Plan(ctx, model)); err != nil {
+		if options.Workers, err = w.cashier.plan(first.Plan(ctx, model), false); err != nil {
 			return nil, err
 		}
 	}
