@@ -20,7 +20,8 @@ const (
 	// reading of the listing: anyone can offer anything.
 	atATime  = 32
 	maxTries = 128
-	// chooseLimit bounds the time that this takes.
+	// tryLimit bounds the time that one try takes, and chooseLimit all of them.
+	tryLimit    = 25 * time.Second
 	chooseLimit = 2 * time.Minute
 	// avoidFor is for how long an offer that did not hold is not tried again. It is more
 	// than the time between two readings, so that the second goes further down the list.
@@ -103,7 +104,12 @@ func (p *Proxy) choose(ctx context.Context) []Quote {
 				w := newWorker(p, o.endpoint, o.payees)
 				p.mu.Unlock()
 				w.proven = o.candidate.Proven
-				q := w.quote(ctx, p.model)
+				try, cancel := context.WithTimeout(ctx, tryLimit)
+				defer cancel()
+				q := w.quote(try, p.model)
+				if q.Problem != "" && ctx.Err() == nil {
+					p.shun(o, time.Now().Add(avoidFor))
+				}
 				mu.Lock()
 				defer mu.Unlock()
 				if q.Problem != "" {
@@ -117,11 +123,6 @@ func (p *Proxy) choose(ctx context.Context) []Quote {
 			})
 		}
 		wait.Wait()
-		if ctx.Err() == nil {
-			for o := range bad {
-				p.shun(o, time.Now().Add(avoidFor))
-			}
-		}
 		options = slices.DeleteFunc(options, func(o *option) bool { return bad[o] })
 	}
 	kept := pick(MaxKept)
@@ -270,7 +271,7 @@ func (p *Proxy) discard(w *worker) {
 func (p *Proxy) shun(o *option, until time.Time) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	for _, name := range append(o.owners, o.endpoint) {
+	for _, name := range append(slices.Clone(o.owners), o.endpoint) {
 		if name != "" && until.After(p.avoid[name]) {
 			p.avoid[name] = until
 		}

@@ -40,7 +40,7 @@ const MaxBody = 16 << 20
 
 // Options are what a proxy needs.
 type Options struct {
-	Workers    []string // endpoints, https://HOST:PORT
+	Workers    []string // endpoints, https://HOST:PORT; none where Choose picks them
 	Policy     *attest.Policy
 	Records    []*record.File
 	Collateral attest.Source
