@@ -64,7 +64,7 @@ func (w *worker) charge(ctx context.Context, r *http.Request, a asked, body []by
 
 func (w *worker) chargeOnce(ctx context.Context, r *http.Request, a asked, body []byte, salt string, more bool) (*charge, error) {
 	payment := w.proxy.options.Payment
-	if payment == nil || r.Method != http.MethodPost || !slices.Contains(priced, r.URL.Path) {
+	if payment == nil || !isPriced(r) {
 		return nil, nil
 	}
 	session, m := w.verifiedSession()
@@ -100,6 +100,9 @@ func (w *worker) chargeOnce(ctx context.Context, r *http.Request, a asked, body 
 	t.mu.Unlock()
 	accept, account, err := t.prepare(ctx, sha256.Sum256(session.TLSKey))
 	if err != nil {
+		if errors.Is(err, ErrHonour) || errors.Is(err, ErrTerms) {
+			w.refuses()
+		}
 		return fail(err)
 	}
 	at := slices.IndexFunc(accept.Extra.Models, func(m pay.ModelPrice) bool { return m.ID == model })
@@ -141,8 +144,12 @@ func (w *worker) chargeOnce(ctx context.Context, r *http.Request, a asked, body 
 		}
 		if err != nil {
 			c.request.Unanswered()
-			t.pause(err)
-			return nil, payError{err}
+			if errors.Is(err, ErrHonour) || errors.Is(err, ErrTerms) {
+				w.refuses()
+			} else {
+				w.pause(pausePaying)
+			}
+			return fail(err)
 		}
 	}
 	if payment.Funds != nil && account.Low(2*c.step) && t.topping.CompareAndSwap(false, true) {

@@ -61,6 +61,16 @@ func (m *metrics) judged(worker, result string, ok bool, took time.Duration) {
 	m.verified.WithLabelValues(worker).Set(map[bool]float64{true: 1}[ok])
 }
 
+// forget drops what was counted of a worker that is not used any more.
+func (m *metrics) forget(worker string) {
+	label := prometheus.Labels{"worker": worker}
+	for _, vec := range []interface {
+		DeletePartialMatch(labels prometheus.Labels) int
+	}{m.requests, m.first, m.inFlight, m.failovers, m.verifications, m.verified} {
+		vec.DeletePartialMatch(label)
+	}
+}
+
 func (m *metrics) lost(worker string) {
 	m.verifications.WithLabelValues(worker, "no-evidence").Inc()
 	m.verified.WithLabelValues(worker).Set(0)

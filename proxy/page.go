@@ -58,14 +58,17 @@ type view struct {
 // worker at its endpoint that serves the model. market.Supply escapes what strangers
 // wrote.
 func (p *Proxy) supply(payment *Payment) template.HTML {
-	if len(payment.Listed) == 0 {
+	p.mu.Lock()
+	listed, workers := p.listed, p.workers
+	p.mu.Unlock()
+	if len(listed) == 0 {
 		return ""
 	}
 	var offers []market.Offer
-	for _, l := range payment.Listed {
+	for _, l := range listed {
 		o := l.Offer
 		o.Worker = [32]byte{}
-		for _, w := range p.workers {
+		for _, w := range workers {
 			if session, _ := w.verifiedSession(); session != nil && w.endpoint == l.Endpoint &&
 				slices.ContainsFunc(session.Verdict.ModelRoots, func(root record.Hex) bool { return bytes.Equal(root, l.Root) }) {
 				copy(o.Worker[:], session.Verdict.TLSKey)
@@ -116,7 +119,7 @@ func (w *worker) paymentRow() *paymentRow {
 // page shows each worker with its checks. It takes nothing from elsewhere.
 func (p *Proxy) page(w http.ResponseWriter, _ *http.Request) {
 	var v view
-	for _, worker := range p.workers {
+	for _, worker := range p.list() {
 		payment := worker.paymentRow()
 		worker.mu.Lock()
 		r := row{worker.endpoint, worker.state.String(), worker.problem, 0, worker.inFlight.Load(), nil, payment}

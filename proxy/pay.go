@@ -46,8 +46,7 @@ const (
 	// silence is how long a stream that is paid for may say nothing before it is paid
 	// ahead: its next piece may be larger than what is covered.
 	silence = 3 * time.Second
-	// pausePaying is for how long a worker that does not honour what it was paid is asked
-	// after others.
+	// pausePaying is for how long a worker that could not be paid is asked after others.
 	pausePaying = time.Minute
 )
 
@@ -56,18 +55,24 @@ type Payment struct {
 	Purse    *purse.Purse
 	MaxPrice int64 // nanotons for a million tokens, of either kind; a worker's ceilings must be no higher
 	Funds    Funds
-	// Payees are whom workers' offers name, by endpoint; one whose terms name another is
-	// not paid.
-	Payees map[string][]voucher.Channel
-	// Listed is what is offered of the model that the proxy was started for, at any price,
-	// for its page; what a worker of this proxy is verified to be is added there.
+	// Listed is what is offered of the model that the proxy was started for, at any price.
+	// A worker whose terms name a payee that no offer of its endpoint does is not paid. The
+	// page draws it; what a worker of this proxy is verified to be is added there.
 	Listed []Listed
+	// Offers reads the listing anew, when less than half of the workers are of use or none
+	// took a request. Workers that Choose would pick now are added then, and those that are
+	// not offered any more, or not as good, end when they have nothing to do. With nil the
+	// workers stay as they are.
+	Offers func(ctx context.Context) ([]Listed, error)
+	// Renew is how often at most the listing is read; 0 is every 5 minutes.
+	Renew time.Duration
 }
 
 // Listed is an offer at an endpoint, https://HOST:PORT.
 type Listed struct {
 	Endpoint string
 	Root     record.Hex // of the model's disk
+	Payee    voucher.Channel
 	market.Offer
 }
 
@@ -114,6 +119,10 @@ func readAsked(body []byte) (a asked) {
 // priced are the paths that cost something.
 var priced = []string{"/v1/chat/completions", "/v1/completions", "/v1/embeddings"}
 
+func isPriced(r *http.Request) bool {
+	return r.Method == http.MethodPost && slices.Contains(priced, r.URL.Path)
+}
+
 // modelOf finds a model of a manifest by what a client calls it.
 func modelOf(m *manifest.Manifest, name string) (id string, ok bool) {
 	for _, model := range m.Models {
@@ -154,7 +163,6 @@ type paying struct {
 	spans      []span
 	blind      uint64 // a total up to which it is not known here at which prices cover was bought
 	problem    string
-	until      time.Time // it is asked after others
 }
 
 // span is cover that was bought at some prices, at which it is used.
@@ -246,17 +254,9 @@ func (t *paying) note(err error) error {
 	return err
 }
 
-// pause has the worker asked after others for a while.
-func (t *paying) pause(err error) error {
-	t.mu.Lock()
-	t.until = time.Now().Add(pausePaying)
-	t.mu.Unlock()
-	return t.note(err)
-}
-
-// terms checks a VM's terms against what was verified of it, and against what this
-// client accepts.
-func (p *Payment) terms(t *pay.Terms, m *manifest.Manifest, endpoint string) (*pay.Accept, error) {
+// terms checks a VM's terms against what was verified of it, what its offers say, if it
+// has some, and what this client accepts.
+func (p *Payment) terms(t *pay.Terms, m *manifest.Manifest, offered []voucher.Channel) (*pay.Accept, error) {
 	bad := func(format string, args ...any) error {
 		return fmt.Errorf("%w: %s", ErrTerms, fmt.Sprintf(format, args...))
 	}
@@ -284,7 +284,7 @@ func (p *Payment) terms(t *pay.Terms, m *manifest.Manifest, endpoint string) (*p
 	if err != nil {
 		return nil, bad("%v", err)
 	}
-	if offered, ok := p.Payees[endpoint]; ok && !slices.Contains(offered, payee) {
+	if len(offered) > 0 && !slices.Contains(offered, payee) {
 		return nil, bad("they name another payee than its offers do")
 	}
 	return a, nil
@@ -333,7 +333,7 @@ func (t *paying) exchange(ctx context.Context, v *voucher.Voucher) (terms *pay.T
 	}
 	defer answer.Body.Close()
 	if answer.StatusCode != http.StatusOK && answer.StatusCode != http.StatusPaymentRequired {
-		return nil, false, fmt.Errorf("it answered %d to the question for its terms", answer.StatusCode)
+		return nil, false, fmt.Errorf("%w: it answered %d to the question for them", ErrTerms, answer.StatusCode)
 	}
 	terms, err = readTerms(answer)
 	return terms, answer.StatusCode == http.StatusOK, err
@@ -365,7 +365,10 @@ func (t *paying) learn(terms *pay.Terms) error {
 	if session == nil {
 		return errors.New("it is not verified any more")
 	}
-	a, err := payment.terms(terms, m, t.worker.endpoint)
+	t.worker.mu.Lock()
+	offered := t.worker.payees
+	t.worker.mu.Unlock()
+	a, err := payment.terms(terms, m, offered)
 	if err != nil {
 		return err
 	}

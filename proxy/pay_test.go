@@ -529,7 +529,7 @@ func TestTermsRefused(t *testing.T) {
 			w.tills[0].terms = func(t *pay.Terms) { t.Accepts[0].Amount = "2000000" }
 		}, "another step"},
 		"another payee than the offer": {func(w *paidWorld, o *proxy.Options) {
-			o.Payment.Payees = map[string][]voucher.Channel{w.servers[0].URL: {{1}}}
+			o.Payment.Listed = []proxy.Listed{{Endpoint: w.servers[0].URL, Payee: voucher.Channel{1}}}
 		}, "another payee"},
 		"no channel": {func(w *paidWorld, _ *proxy.Options) { w.vault.err = errors.New("the wallet is empty") }, "the wallet is empty"},
 		"credit of another channel": {func(w *paidWorld, _ *proxy.Options) {

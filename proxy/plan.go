@@ -31,10 +31,11 @@ type Quote struct {
 // Plan verifies every worker and asks those that want to be paid for their terms. It
 // pays nothing. The order is that in which they would be asked for the model.
 func (p *Proxy) Plan(ctx context.Context, model string) []Quote {
-	quotes := make(map[*worker]Quote, len(p.workers))
+	workers := p.list()
+	quotes := make(map[*worker]Quote, len(workers))
 	var mu sync.Mutex
 	var wait sync.WaitGroup
-	for _, w := range p.workers {
+	for _, w := range workers {
 		wait.Go(func() {
 			q := w.quote(ctx, model)
 			mu.Lock()
@@ -45,10 +46,12 @@ func (p *Proxy) Plan(ctx context.Context, model string) []Quote {
 	wait.Wait()
 	var list []Quote
 	for _, w := range p.order(model) {
-		list = append(list, quotes[w])
-		delete(quotes, w)
+		if q, ok := quotes[w]; ok {
+			list = append(list, q)
+			delete(quotes, w)
+		}
 	}
-	for _, w := range p.workers { // those that are refused
+	for _, w := range workers { // those that are refused
 		if q, ok := quotes[w]; ok {
 			list = append(list, q)
 		}
@@ -131,13 +134,17 @@ func (p *Proxy) Prepare(ctx context.Context, model string) error {
 			}
 			continue
 		}
-		at := slices.IndexFunc(p.workers, func(w *worker) bool { return w.endpoint == q.Endpoint })
-		session, _ := p.workers[at].verifiedSession()
+		workers := p.list()
+		at := slices.IndexFunc(workers, func(w *worker) bool { return w.endpoint == q.Endpoint })
+		if at < 0 {
+			continue
+		}
+		session, _ := workers[at].verifiedSession()
 		if session == nil {
 			continue
 		}
-		_, _, err := p.workers[at].paying.prepare(ctx, sha256.Sum256(session.TLSKey))
-		return p.workers[at].paying.note(err)
+		_, _, err := workers[at].paying.prepare(ctx, sha256.Sum256(session.TLSKey))
+		return workers[at].paying.note(err)
 	}
 	return nil
 }

@@ -25,10 +25,12 @@ import (
 	"net/url"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"chrysalis/attest"
 	"chrysalis/attest/receipt"
+	"chrysalis/channel/voucher"
 	"chrysalis/measure/record"
 	"chrysalis/terminal"
 )
@@ -38,7 +40,7 @@ const MaxBody = 16 << 20
 
 // Options are what a proxy needs.
 type Options struct {
-	Workers    []string // endpoints, https://HOST:PORT
+	Workers    []string // endpoints, https://HOST:PORT; none where Choose picks them
 	Policy     *attest.Policy
 	Records    []*record.File
 	Collateral attest.Source
@@ -64,17 +66,29 @@ type Options struct {
 // Proxy is an http.Handler.
 type Proxy struct {
 	options Options
-	workers []*worker
 	mux     *http.ServeMux
 	metrics *metrics
+	lack    chan struct{} // a request found no worker that takes it
+
+	choosing sync.Mutex // held while workers are chosen
+
+	mu      sync.Mutex
+	workers []*worker       // replaced as a whole, never changed in place
+	running context.Context // of Run; nil before
+	listed  []Listed
+	avoid   map[string]time.Time // endpoints and owners that are not tried again until then
+	model   string               // that workers are chosen for
 }
 
 // New returns a proxy. Nothing is verified until Run or a request.
 func New(options Options) (*Proxy, error) {
-	if len(options.Workers) == 0 {
+	if len(options.Workers) == 0 && (options.Payment == nil || options.Payment.Offers == nil) {
 		return nil, errors.New("there is no worker to forward to")
 	}
-	p := &Proxy{options: options, metrics: newMetrics()}
+	p := &Proxy{options: options, metrics: newMetrics(), lack: make(chan struct{}, 1), avoid: map[string]time.Time{}}
+	if options.Payment != nil {
+		p.listed = options.Payment.Listed
+	}
 	for _, endpoint := range options.Workers {
 		u, err := url.Parse(endpoint)
 		if err != nil || u.Scheme != "https" || u.Host == "" {
@@ -83,7 +97,13 @@ func New(options Options) (*Proxy, error) {
 		if slices.ContainsFunc(p.workers, func(w *worker) bool { return w.endpoint == endpoint }) {
 			return nil, fmt.Errorf("the worker %s is there twice", endpoint)
 		}
-		p.workers = append(p.workers, newWorker(p, endpoint))
+		var payees []voucher.Channel
+		for _, l := range p.listed {
+			if l.Endpoint == endpoint && l.Payee != (voucher.Channel{}) {
+				payees = append(payees, l.Payee)
+			}
+		}
+		p.workers = append(p.workers, newWorker(p, endpoint, payees))
 	}
 	p.mux = http.NewServeMux()
 	p.mux.HandleFunc("GET /{$}", p.page)
@@ -95,11 +115,15 @@ func New(options Options) (*Proxy, error) {
 // Run verifies every worker now and before its verification grows too old, until
 // ctx ends. It calls ready once each worker has been tried.
 func (p *Proxy) Run(ctx context.Context, ready func()) {
-	tried := make(chan struct{})
-	for _, w := range p.workers {
-		go w.keep(ctx, func() { tried <- struct{}{} })
+	p.mu.Lock()
+	p.running = ctx
+	workers := p.workers
+	tried := make(chan struct{}, len(workers))
+	for _, w := range workers {
+		p.attend(w, func() { tried <- struct{}{} })
 	}
-	for range p.workers {
+	p.mu.Unlock()
+	for range workers {
 		select {
 		case <-tried:
 		case <-ctx.Done():
@@ -107,15 +131,28 @@ func (p *Proxy) Run(ctx context.Context, ready func()) {
 		}
 	}
 	ready()
+	if p.options.Payment != nil && p.options.Payment.Offers != nil {
+		p.follow(ctx)
+	}
 	<-ctx.Done()
-	for _, w := range p.workers {
+	for _, w := range p.list() {
 		w.transport.CloseIdleConnections()
 	}
+}
+
+// list returns the workers.
+func (p *Proxy) list() []*worker {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.workers
 }
 
 // Trust replaces the records, and has every worker verified anew; until it is, it
 // gets no request.
 func (p *Proxy) Trust(records []*record.File) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.options.Records = records
 	for _, w := range p.workers {
 		w.transport.Trust(records)
 		select {
@@ -127,7 +164,7 @@ func (p *Proxy) Trust(records []*record.File) {
 
 // Session returns what was last verified of the worker with this endpoint, or nil.
 func (p *Proxy) Session(endpoint string) *attest.Session {
-	for _, w := range p.workers {
+	for _, w := range p.list() {
 		if w.endpoint == endpoint {
 			w.mu.Lock()
 			defer w.mu.Unlock()
@@ -218,8 +255,11 @@ func (p *Proxy) forward(w http.ResponseWriter, r *http.Request) {
 			charge.leave()
 			done(answer.StatusCode)
 		} else if err == nil {
+			if busy(answer.StatusCode) {
+				p.wanting()
+			}
 			answer.Header.Set(WorkerHeader, worker.endpoint)
-			p.answer(w, answer, charge, patience, func() { done(answer.StatusCode) })
+			p.answer(w, r, worker, answer, charge, patience, func() { done(answer.StatusCode) })
 			return
 		}
 		if _, ok := errors.AsType[payError](err); ok {
@@ -230,7 +270,8 @@ func (p *Proxy) forward(w http.ResponseWriter, r *http.Request) {
 		p.metrics.failover(worker.endpoint)
 		problems = append(problems, worker.endpoint+": "+terminal.Line(err.Error()))
 	}
-	for _, worker := range p.workers {
+	p.wanting()
+	for _, worker := range p.list() {
 		if !slices.Contains(workers, worker) {
 			problems = append(problems, worker.endpoint+": "+worker.why())
 		}
@@ -242,6 +283,14 @@ func (p *Proxy) forward(w http.ResponseWriter, r *http.Request) {
 	refuse(w, status, "no_verified_worker", "no verified worker answers; your request was not sent to any other. "+strings.Join(problems, "; "))
 }
 
+// wanting says that no worker took a request.
+func (p *Proxy) wanting() {
+	select {
+	case p.lack <- struct{}{}:
+	default:
+	}
+}
+
 // busy reports whether another worker may do what this one cannot now.
 func busy(status int) bool {
 	return status == http.StatusTooManyRequests || status == http.StatusServiceUnavailable || status == http.StatusBadGateway
@@ -250,6 +299,18 @@ func busy(status int) bool {
 // tryPaid is try for a worker that may want to be paid. What it does not cover at once
 // is tried once more, with another voucher.
 func (p *Proxy) tryPaid(worker *worker, r *http.Request, body []byte, ask asked) (answer *http.Response, c *charge, patience *patience, done func(status int), err error) {
+	worker.asked.Add(1)
+	defer func() {
+		if err != nil {
+			worker.asked.Add(-1)
+			return
+		}
+		end := done
+		done = func(status int) {
+			end(status)
+			worker.asked.Add(-1)
+		}
+	}()
 	header, salt := http.Header{}, r.Header.Get(receipt.SaltHeader)
 	for try := 1; ; try++ {
 		c, err = worker.charge(r.Context(), r, ask, body, salt, try > 1)
@@ -263,9 +324,15 @@ func (p *Proxy) tryPaid(worker *worker, r *http.Request, body []byte, ask asked)
 		if err != nil {
 			// It may have got the request all the same.
 			c.leave()
+			if r.Context().Err() == nil && isPriced(r) {
+				worker.refuses()
+			}
 			return nil, nil, nil, nil, err
 		}
 		if answer.StatusCode != http.StatusPaymentRequired {
+			if isPriced(r) && (answer.StatusCode == http.StatusTooManyRequests || answer.StatusCode >= 500) {
+				worker.refuses()
+			}
 			c.begin(answer)
 			if c != nil && salt == "" {
 				answer.Header.Set(receipt.SaltHeader, receipt.FormatSalt(c.salt))
@@ -279,7 +346,8 @@ func (p *Proxy) tryPaid(worker *worker, r *http.Request, body []byte, ask asked)
 		case !errors.Is(err, ErrHonour):
 			return nil, nil, nil, nil, payError{err}
 		case try >= 2 && (c == nil || !c.account.Doubted()) || try >= 5:
-			return nil, nil, nil, nil, payError{worker.paying.pause(err)}
+			worker.refuses()
+			return nil, nil, nil, nil, payError{worker.paying.note(err)}
 		case try >= 2:
 			// It may still hold what requests that were left could come to.
 			select {
@@ -338,7 +406,7 @@ func (p *Proxy) try(worker *worker, r *http.Request, body []byte, more http.Head
 }
 
 // answer passes an answer on as it comes, with its trailer.
-func (p *Proxy) answer(w http.ResponseWriter, answer *http.Response, charge *charge, patience *patience, done func()) {
+func (p *Proxy) answer(w http.ResponseWriter, r *http.Request, worker *worker, answer *http.Response, charge *charge, patience *patience, done func()) {
 	defer done()
 	defer charge.leave()
 	defer answer.Body.Close()
@@ -371,9 +439,15 @@ func (p *Proxy) answer(w http.ResponseWriter, answer *http.Response, charge *cha
 		}
 		if err == io.EOF && !patience.over() {
 			charge.end(answer.Trailer)
+			if isPriced(r) && answer.StatusCode == http.StatusOK {
+				worker.serves()
+			}
 			break
 		}
 		if err != nil {
+			if r.Context().Err() == nil && isPriced(r) {
+				worker.refuses()
+			}
 			// The client must not take what it has for the whole.
 			panic(http.ErrAbortHandler)
 		}

@@ -37,6 +37,7 @@ type worker struct {
 	endpoint  string
 	transport *attest.Transport
 	inFlight  atomic.Int64
+	asked     atomic.Int64  // requests that it has, or that are being paid for
 	silent    atomic.Int64  // requests in a row that it did not begin to answer
 	wake      chan struct{} // to verify again now
 
@@ -47,12 +48,17 @@ type worker struct {
 	problem  string
 	manifest *manifest.Manifest // verified last
 	latency  time.Duration      // until an answer begins, on the average; 0 before the first
+	payees   []voucher.Channel  // whom its offers name; none where it was named by hand
+	proven   bool               // it has served this client
+	refusals int                // in a row
+	until    time.Time          // it is asked after others
 
+	stop   context.CancelFunc // of keep; nil before
 	paying *paying
 }
 
-func newWorker(p *Proxy, endpoint string) *worker {
-	w := &worker{proxy: p, endpoint: endpoint, state: unknown, wake: make(chan struct{}, 1)}
+func newWorker(p *Proxy, endpoint string, payees []voucher.Channel) *worker {
+	w := &worker{proxy: p, endpoint: endpoint, state: unknown, wake: make(chan struct{}, 1), payees: payees}
 	w.paying = &paying{worker: w, except: map[voucher.Channel]bool{}}
 	w.transport = &attest.Transport{
 		Policy: p.options.Policy, Records: p.options.Records, Collateral: p.options.Collateral, GPU: p.options.GPU, IdleConns: 256,
@@ -164,9 +170,9 @@ func (w *worker) began(took time.Duration) {
 // order lists the workers that may get a request for a model: verified ones first.
 // Refused ones get none until the background finds them good again. One whose evidence
 // is good, but that left the last request without an answer, comes after all that
-// answer, and so does one that does not serve the model, that did not honour what it
-// was paid, or that answers as many requests as it can at a time. The others are asked
-// in the order of market.Taste.
+// answer, and so does one that does not serve the model, that refused lately, or that
+// answers as many requests as it can at a time. The others are asked in the order of
+// market.Taste.
 func (p *Proxy) order(model string) []*worker {
 	type rank struct {
 		w                         *worker
@@ -176,12 +182,12 @@ func (p *Proxy) order(model string) []*worker {
 	var ranks []rank
 	var candidates []market.Candidate
 	now := time.Now()
-	for _, w := range p.workers {
+	for _, w := range p.list() {
 		r := rank{w: w, mute: int(min(w.silent.Load(), 1))}
 		c := market.Candidate{InFlight: int(w.inFlight.Load())}
 		w.mu.Lock()
 		m := w.manifest
-		r.state, c.Latency = w.state, w.latency
+		r.state, c.Latency, r.paused = w.state, w.latency, one(now.Before(w.until))
 		w.mu.Unlock()
 		if r.state == refused {
 			continue
@@ -194,14 +200,11 @@ func (p *Proxy) order(model string) []*worker {
 				r.lacks = 1
 			}
 		}
-		w.paying.mu.Lock()
-		r.paused = one(now.Before(w.paying.until))
-		w.paying.mu.Unlock()
 		c.Busy = r.state != verified || r.mute+r.lacks+r.paused+r.full > 0
 		ranks, candidates = append(ranks, r), append(candidates, c)
 	}
 	order := make([]rank, 0, len(ranks))
-	for _, i := range market.DefaultTaste().Order(candidates, market.Tokens{Prompt: 1_000_000, Completion: 1_000_000}, rand.Uint32) {
+	for _, i := range market.DefaultTaste().Order(candidates, size, rand.Uint32) {
 		order = append(order, ranks[i])
 	}
 	slices.SortStableFunc(order, func(a, b rank) int {
@@ -213,6 +216,51 @@ func (p *Proxy) order(model string) []*worker {
 	}
 	return out
 }
+
+// refuses takes note that the worker did not serve a request that it could have been paid
+// for. What it refuses while it is asked after others anyway does not count.
+func (w *worker) refuses() {
+	if w.proxy.options.Payment == nil {
+		return
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if now := time.Now(); now.After(w.until) {
+		w.refusals++
+		w.until = now.Add(market.Pause(w.refusals, w.proven))
+	}
+}
+
+// pause has the worker asked after others for a while, through no fault of its own.
+func (w *worker) pause(d time.Duration) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if until := time.Now().Add(d); until.After(w.until) {
+		w.until = until
+	}
+}
+
+// serves takes note that the worker has served a request.
+func (w *worker) serves() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.proven, w.refusals, w.until = true, 0, time.Time{}
+}
+
+// usable reports whether a request may well be served: the worker is verified, can be
+// paid, and has not refused lately.
+func (w *worker) usable(now time.Time) bool {
+	w.mu.Lock()
+	good := w.state == verified && !now.Before(w.until) && w.silent.Load() == 0
+	w.mu.Unlock()
+	t := w.paying
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return good && (t.accept == nil || w.proxy.options.Payment.Purse.Barred(payeeOf(t.accept)) == nil)
+}
+
+// idle reports whether nothing is asked of the worker.
+func (w *worker) idle() bool { return w.asked.Load() == 0 }
 
 func one(yes bool) int {
 	if yes {

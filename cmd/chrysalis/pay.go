@@ -14,7 +14,6 @@ import (
 	"text/tabwriter"
 	"time"
 
-	"chrysalis/channel/voucher"
 	"chrysalis/launcher"
 	"chrysalis/market"
 	"chrysalis/pay"
@@ -77,8 +76,6 @@ type cashier struct {
 	maxPrice uint64
 	budget   uint64
 	deposit  uint64
-	payees   map[string][]voucher.Channel
-	listed   []proxy.Listed
 	closing  sync.Map // voucher.Channel
 	once     sync.Once
 }
@@ -187,18 +184,35 @@ func (c *cashier) close() error {
 
 // payment is how the proxy pays.
 func (c *cashier) payment() *proxy.Payment {
-	return &proxy.Payment{Purse: c.purse, MaxPrice: int64(min(c.maxPrice, 1<<62)), Funds: c.funds, Payees: c.payees, Listed: c.listed}
+	return &proxy.Payment{Purse: c.purse, MaxPrice: c.most(), Funds: c.funds}
 }
 
-// Of the offers of a model so many are looked at, the cheapest first, and so many of
-// those that hold are used. Anyone can offer anything.
-const (
-	maxTried = 32
-	maxKept  = 8
-)
+// most is --max-price as a price.
+func (c *cashier) most() int64 { return int64(min(c.maxPrice, 1<<62)) }
 
-// find finds who offers a model at such prices, and returns their endpoints.
-func (c *cashier) find(ctx context.Context, model string) ([]string, error) {
+// find has the payment's workers found among those who offer a model at such prices, now
+// and when they are wanting.
+func (c *cashier) find(ctx context.Context, payment *proxy.Payment, model string) (err error) {
+	if payment.Listed, err = c.offers(ctx, model); err != nil {
+		return err
+	}
+	if !slices.ContainsFunc(payment.Listed, func(l proxy.Listed) bool { return max(l.Price.Prompt, l.Price.Completion) <= payment.MaxPrice }) {
+		return fmt.Errorf("nobody offers %q for at most %s; see 'chrysalis listing find'", model, registry.TON(c.maxPrice))
+	}
+	payment.Offers = func(ctx context.Context) ([]proxy.Listed, error) {
+		ctx, cancel := context.WithTimeout(ctx, time.Minute)
+		defer cancel()
+		listed, err := c.offers(ctx, model)
+		if err != nil && ctx.Err() != context.Canceled {
+			fmt.Fprintln(os.Stderr, "note: workers are wanting, and the listing could not be read:", terminal.Line(err.Error()))
+		}
+		return listed, err
+	}
+	return nil
+}
+
+// offers reads who offers a model, at any price.
+func (c *cashier) offers(ctx context.Context, model string) ([]proxy.Listed, error) {
 	view, err := c.reader.Client.Sync(ctx)
 	if err != nil {
 		return nil, err
@@ -208,53 +222,44 @@ func (c *cashier) find(ctx context.Context, model string) ([]string, error) {
 		return nil, err
 	}
 	warn(view)
+	var listed []proxy.Listed
 	for _, match := range registry.Find(offers, model, 0) {
-		c.listed = append(c.listed, proxy.Listed{
-			Endpoint: "https://" + match.Offer.Endpoint, Root: match.Model.RootHash,
+		payee, err := lite.ParseAddress(match.Offer.Payout)
+		if err != nil {
+			payee = lite.Address{} // it is shown, and not used
+		}
+		listed = append(listed, proxy.Listed{
+			Endpoint: "https://" + match.Offer.Endpoint, Root: match.Model.RootHash, Payee: payee.ID,
 			Offer: market.Offer{Owner: match.Offer.Account.Raw(), Capacity: match.Offer.Capacity,
 				Price: pay.Price{Prompt: match.Model.PromptPrice, Completion: match.Model.CompletionPrice}},
 		})
 	}
-	var endpoints []string
-	c.payees = map[string][]voucher.Channel{}
-	for _, match := range registry.Find(offers, model, int64(min(c.maxPrice, 1<<62))) {
-		payee, err := lite.ParseAddress(match.Offer.Payout)
-		if err != nil {
-			continue
-		}
-		endpoint := "https://" + match.Offer.Endpoint
-		if !slices.Contains(endpoints, endpoint) {
-			if len(endpoints) == maxTried {
-				continue
-			}
-			endpoints = append(endpoints, endpoint)
-		}
-		// Anyone can name anyone's endpoint: which payee is the worker's own it says itself.
-		c.payees[endpoint] = append(c.payees[endpoint], voucher.Channel(payee.ID))
-	}
-	if len(endpoints) == 0 {
-		return nil, fmt.Errorf("nobody offers %q for at most %s; see 'chrysalis listing find'", model, registry.TON(c.maxPrice))
-	}
-	return endpoints, nil
+	return listed, nil
 }
 
 // errDryRun ends a command that was to show its plan only.
 var errDryRun = errors.New("dry run: nothing was paid")
 
+// maxTold is how many workers that are not used are shown: anyone can offer anything.
+const maxTold = 16
+
 // plan shows who would be paid how much, asks whether to, and returns the endpoints
-// that can be used.
-func (c *cashier) plan(ctx context.Context, p *proxy.Proxy, model string) ([]string, error) {
+// that can be used. pays says that others may be paid later.
+func (c *cashier) plan(quotes []proxy.Quote, pays bool) ([]string, error) {
 	var usable []string
-	pays := false
+	unused := 0
 	w := tabwriter.NewWriter(os.Stderr, 0, 8, 2, ' ', 0)
 	fmt.Fprintln(w, "WORKER\tMODEL\tPROMPTS\tANSWERS\tAT MOST\tPAYEE")
-	for _, q := range p.Plan(ctx, model) {
+	for _, q := range quotes {
 		switch {
 		case q.Problem != "":
+			if unused++; unused > maxTold {
+				continue
+			}
 			fmt.Fprintf(w, "%s\tnot used: %s\n", terminal.Line(q.Endpoint), q.Problem)
 			continue
-		case len(usable) == maxKept:
-			fmt.Fprintf(w, "%s\tnot used: there are %d others\n", terminal.Line(q.Endpoint), maxKept)
+		case len(usable) == proxy.MaxKept:
+			fmt.Fprintf(w, "%s\tnot used: there are %d others\n", terminal.Line(q.Endpoint), proxy.MaxKept)
 			continue
 		case q.Free:
 			fmt.Fprintf(w, "%s\t%s\tfree\n", terminal.Line(q.Endpoint), q.Model)
@@ -267,6 +272,9 @@ func (c *cashier) plan(ctx context.Context, p *proxy.Proxy, model string) ([]str
 	}
 	if err := w.Flush(); err != nil {
 		return nil, err
+	}
+	if unused > maxTold {
+		fmt.Fprintf(os.Stderr, "%d more are not used\n", unused-maxTold)
 	}
 	if pays {
 		fmt.Fprintf(os.Stderr, "prices are for a million tokens; at most %s is paid in this run. Channels are opened as they are needed, with %s each and %s in all at most; each takes up to %s more for rent and gas, most of which comes back\n",

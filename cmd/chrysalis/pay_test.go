@@ -202,6 +202,25 @@ func TestProxyPays(t *testing.T) {
 		t.Errorf("channels were opened:\n%s", out)
 	}
 
+	// A stranger's offer costs less, and there is no worker: it is named, and the other used.
+	stranger := payerFlags{KeyFile: filepath.Join(dir, "stranger.key"), Wallet: "v5r1"}
+	fundedKey(t, chain, stranger.KeyFile)
+	cheap, err := stranger.wallet(false).publisher(&ton, "", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer cheap.Reader.Client.Close()
+	cheap.Progress = nil
+	if _, err := cheap.Do(t.Context(), registry.PutOffer(registry.OfferDocument{
+		Version: registry.OfferVersion, Endpoint: "127.0.0.1:1", Image: image[:], Capacity: 1, Payout: cheap.Wallet.Address.String(),
+		Models: []registry.OfferedModel{{ID: "test/model@1", RootHash: file.Models[0].RootHash, PromptPrice: 1, CompletionPrice: 1}},
+	}, time.Now().Add(time.Hour), []lite.Address{at}, registry.Policy{})); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := run(t.Context(), with("--max-price", "1.9", "--budget", "1", "--yes")...); err == nil || !strings.Contains(err.Error(), "no worker that can be used") {
+		t.Error(err)
+	}
+
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
 	var page string
@@ -240,7 +259,7 @@ func TestProxyPays(t *testing.T) {
 	if err != nil {
 		t.Fatalf("%v\n%s", err, text)
 	}
-	for _, want := range []string{"opening the channel", "is closing", "was paid"} {
+	for _, want := range []string{"not used: dial tcp 127.0.0.1:1", "opening the channel", "is closing", "was paid"} {
 		if !strings.Contains(text, want) {
 			t.Errorf("%q is not in\n%s", want, text)
 		}

@@ -60,10 +60,18 @@ func (f *workerFlags) open(ctx context.Context, tokenFile string, loopback bool,
 				err = errors.Join(err, w.cashier.close())
 			}
 		}()
+		options.Payment = w.cashier.payment()
 		if len(names) == 0 && model != "" {
-			if names, err = w.cashier.find(ctx, model); err != nil {
+			if err = w.cashier.find(ctx, options.Payment, model); err != nil {
 				return nil, err
 			}
+			if w.Proxy, err = proxy.New(options); err != nil {
+				return nil, err
+			}
+			// More may be found later. They are paid at prices within the same bounds, out of
+			// the same budget, which is what is agreed to even where all are free now.
+			_, err = w.cashier.plan(w.Choose(ctx, model), true)
+			return w, err
 		}
 	}
 	if len(names) == 0 {
@@ -77,12 +85,11 @@ func (f *workerFlags) open(ctx context.Context, tokenFile string, loopback bool,
 		options.Workers = append(options.Workers, endpoint)
 	}
 	if pays {
-		options.Payment = w.cashier.payment()
 		first, err := proxy.New(options)
 		if err != nil {
 			return nil, err
 		}
-		if options.Workers, err = w.cashier.plan(ctx, first, model); err != nil {
+		if options.Workers, err = w.cashier.plan(first.Plan(ctx, model), false); err != nil {
 			return nil, err
 		}
 	}
