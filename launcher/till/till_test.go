@@ -47,7 +47,7 @@ var price = pay.Price{Prompt: 1_000_000, Completion: 1_000_000}
 type net struct {
 	testing.TB
 	chain   *devnet.Chain
-	server  *devnet.Server
+	server  atomic.Pointer[devnet.Server]
 	listen  string
 	timeout time.Duration // of a query
 	ahead   atomic.Int64
@@ -69,8 +69,8 @@ func newNet(t testing.TB) *net {
 	t.Cleanup(func() { c.Close() })
 	n.chain = c
 	n.serve()
-	n.listen = n.server.Addr() // where it is found again
-	t.Cleanup(func() { n.server.Close() })
+	n.listen = n.server.Load().Addr() // where it is found again
+	t.Cleanup(func() { n.server.Load().Close() })
 	if n.client, err = n.connect(); err != nil {
 		t.Fatal(err)
 	}
@@ -83,7 +83,9 @@ func (n *net) serve() {
 	n.Helper()
 	var err error
 	for range 50 {
-		if n.server, err = n.chain.Serve(n.listen); err == nil {
+		var server *devnet.Server
+		if server, err = n.chain.Serve(n.listen); err == nil {
+			n.server.Store(server)
 			return
 		}
 		time.Sleep(50 * time.Millisecond)
@@ -93,7 +95,7 @@ func (n *net) serve() {
 
 func (n *net) connect() (*lite.Client, error) {
 	network := lite.Network{GlobalID: n.chain.GlobalID()}
-	if err := network.ReadGlobalConfig(n.chain.GlobalConfig(n.server)); err != nil {
+	if err := network.ReadGlobalConfig(n.chain.GlobalConfig(n.server.Load())); err != nil {
 		return nil, err
 	}
 	return lite.New(network, lite.Options{Timeout: n.timeout, Now: n.now})
@@ -656,10 +658,10 @@ func TestAway(t *testing.T) {
 		t.Fatal("not admitted")
 	}
 	// Connections that are there stay open, as those of a machine without power do.
-	if err := n.server.Lie(devnet.Stalled); err != nil {
+	if err := n.server.Load().Lie(devnet.Stalled); err != nil {
 		t.Fatal(err)
 	}
-	n.server.Close()
+	n.server.Load().Close()
 	n.ahead.Add(int64(10 * time.Minute))
 	// Paying goes on, beyond what is to be claimed at once.
 	for i := uint64(1); i <= 6; i++ {
