@@ -2,9 +2,7 @@ package proxy_test
 
 import (
 	"bytes"
-	"context"
 	"crypto/ed25519"
-	"encoding/hex"
 	"errors"
 	"math/big"
 	"net/http/httptest"
@@ -13,13 +11,11 @@ import (
 	"testing"
 	"time"
 
-	"chrysalis/agent/api"
-	"chrysalis/agent/api/apitest"
 	"chrysalis/attest/attesttest"
-	"chrysalis/attest/evidence"
 	"chrysalis/channel"
 	"chrysalis/channel/voucher"
 	"chrysalis/devnet"
+	"chrysalis/devnet/devnettest"
 	"chrysalis/guest"
 	"chrysalis/manifest"
 	"chrysalis/measure/record"
@@ -36,25 +32,8 @@ import (
 // claims what it was given, and everybody has what is theirs.
 func TestChain(t *testing.T) {
 	const ton = 1_000_000_000
-	chain, err := devnet.Open(devnet.Options{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { chain.Close() })
-	server, err := chain.Serve("127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { server.Close() })
-	network := lite.Network{GlobalID: chain.GlobalID()}
-	if err := network.ReadGlobalConfig(chain.GlobalConfig(server)); err != nil {
-		t.Fatal(err)
-	}
-	client, err := lite.New(network, lite.Options{Timeout: 5 * time.Second})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(client.Close)
+	chain, server := devnettest.Serve(t, devnet.Options{})
+	client := devnettest.Client(t, chain, server, lite.Options{Timeout: 5 * time.Second})
 	wallet := func(seed byte) (ed25519.PrivateKey, *registry.Publisher) {
 		key := ed25519.NewKeyFromSeed(bytes.Repeat([]byte{seed}, 32))
 		w, err := registry.NewWallet(key, "v5r1", chain.GlobalID())
@@ -87,40 +66,8 @@ func TestChain(t *testing.T) {
 	price := pay.Price{Prompt: 100_000_000_000, Completion: 100_000_000_000} // so that a little text is a lot of money
 	vm.Manifest.Payment = &manifest.Payment{Network: chain.GlobalID(), Step: 5_000_000, Ceilings: []pay.Price{price}}
 	vm.Boot()
-	worker, err := apitest.Start(vm.Manifest, nil, func(c *api.Config) {
-		c.Certificate, c.ReceiptKey = vm.TLS, vm.ReceiptKey
-		c.Evidence = func(_ context.Context, nonce [evidence.NonceSize]byte) ([]byte, error) {
-			return vm.Evidence(nonce[:]), nil
-		}
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(worker.Close)
 	demand := channel.Demand{GlobalID: chain.GlobalID(), Payee: payee.Wallet.Address, MinDelay: time.Second, MinCover: 1}
-	till := &apitest.Till{Admit: func(name string) (guest.Admission, bool) {
-		id, err := voucher.ParseChannel(name)
-		if err != nil {
-			return guest.Admission{}, false
-		}
-		view, err := client.Sync(context.Background())
-		if err != nil {
-			return guest.Admission{}, false
-		}
-		s, err := channel.Read(context.Background(), view, lite.Address{ID: id})
-		if err != nil || demand.Check(s) != nil {
-			return guest.Admission{}, false
-		}
-		return guest.Admission{Channel: name, Key: hex.EncodeToString(s.PayerKey[:]), Limit: s.Cover(), Used: s.Claimed}, true
-	}}
-	till.Open(worker)
-	t.Cleanup(till.Close)
-	reply, err := worker.Ask(guest.ControlRequest{Op: guest.OpPrices, Payment: &guest.ControlPayment{
-		Payee: voucher.Channel(payee.Wallet.Address.ID).String(), MinDeposit: 100_000_000, MinDelay: 1, Prices: []pay.Price{price},
-	}})
-	if err != nil || !reply.OK {
-		t.Fatalf("%+v, %v", reply, err)
-	}
+	worker, till := devnettest.PaidWorker(t, vm, client, demand, price)
 
 	const budget, deposit = 2 * ton, 600_000_000
 	dir := t.TempDir()

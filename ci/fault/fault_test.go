@@ -20,6 +20,7 @@ import (
 	"time"
 
 	"chrysalis/devnet"
+	"chrysalis/devnet/devnettest"
 	"chrysalis/image"
 	"chrysalis/image/imagetest"
 	"chrysalis/image/profile"
@@ -408,16 +409,7 @@ func sum(t *testing.T, path string) string {
 // run, once, and the wallet pays for one message.
 func TestRegistryPublish(t *testing.T) {
 	dir := t.TempDir()
-	chain, err := devnet.Open(devnet.Options{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer chain.Close()
-	server, err := chain.Serve("127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer server.Close()
+	chain, server := devnettest.Serve(t, devnet.Options{})
 	config, key := filepath.Join(dir, "global.json"), filepath.Join(dir, "publisher.key")
 	if err := os.WriteFile(config, chain.GlobalConfig(server), 0o644); err != nil {
 		t.Fatal(err)

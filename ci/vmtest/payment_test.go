@@ -23,6 +23,7 @@ import (
 
 	"chrysalis/channel/voucher"
 	"chrysalis/devnet"
+	"chrysalis/devnet/devnettest"
 	"chrysalis/launcher"
 	"chrysalis/pay"
 	"chrysalis/registry"
@@ -43,16 +44,7 @@ type market struct {
 
 func newMarket(t *testing.T) *market {
 	t.Helper()
-	chain, err := devnet.Open(devnet.Options{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { chain.Close() })
-	server, err := chain.Serve("127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { server.Close() })
+	chain, server := devnettest.Serve(t, devnet.Options{})
 	m := &market{host: newHost(t), chain: chain, known: map[lite.Address]bool{}}
 	t.Setenv("CHRYSALIS_TON_NETWORK", "devnet")
 	dir := filepath.Join(m.dir, "chrysalis", "devnet")

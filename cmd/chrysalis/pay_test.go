@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"encoding/hex"
 	"errors"
 	"io"
 	"net"
@@ -13,13 +12,9 @@ import (
 	"testing"
 	"time"
 
-	"chrysalis/agent/api"
-	"chrysalis/agent/api/apitest"
 	"chrysalis/attest/attesttest"
-	"chrysalis/attest/evidence"
 	"chrysalis/channel"
-	"chrysalis/channel/voucher"
-	"chrysalis/guest"
+	"chrysalis/devnet/devnettest"
 	"chrysalis/manifest"
 	"chrysalis/measure/record"
 	"chrysalis/pay"
@@ -90,38 +85,8 @@ func TestProxyPays(t *testing.T) {
 	price := pay.Price{Prompt: 1_000_000_000, Completion: 2_000_000_000}
 	vm.Manifest.Payment = &manifest.Payment{Network: chain.GlobalID(), Step: 1_000_000, Ceilings: []pay.Price{price}}
 	vm.Boot()
-	worker, err := apitest.Start(vm.Manifest, nil, func(c *api.Config) {
-		c.Certificate, c.ReceiptKey = vm.TLS, vm.ReceiptKey
-		c.Evidence = func(_ context.Context, nonce [evidence.NonceSize]byte) ([]byte, error) {
-			return vm.Evidence(nonce[:]), nil
-		}
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(worker.Close)
-	till := &apitest.Till{Admit: func(name string) (guest.Admission, bool) {
-		id, err := voucher.ParseChannel(name)
-		if err != nil {
-			return guest.Admission{}, false
-		}
-		view, err := publisher.Reader.Client.Sync(context.Background())
-		if err != nil {
-			return guest.Admission{}, false
-		}
-		s, err := channel.Read(context.Background(), view, lite.Address{ID: id})
-		if err != nil || s.Payee != publisher.Wallet.Address.ID {
-			return guest.Admission{}, false
-		}
-		return guest.Admission{Channel: name, Key: hex.EncodeToString(s.PayerKey[:]), Limit: s.Cover()}, true
-	}}
-	till.Open(worker)
-	t.Cleanup(till.Close)
-	if reply, err := worker.Ask(guest.ControlRequest{Op: guest.OpPrices, Payment: &guest.ControlPayment{
-		Payee: voucher.Channel(publisher.Wallet.Address.ID).String(), MinDeposit: 100_000_000, MinDelay: 60, Prices: []pay.Price{price},
-	}}); err != nil || !reply.OK {
-		t.Fatalf("%+v, %v", reply, err)
-	}
+	demand := channel.Demand{GlobalID: chain.GlobalID(), Payee: publisher.Wallet.Address, MinDelay: time.Minute, MinCover: 1}
+	worker, _ := devnettest.PaidWorker(t, vm, publisher.Reader.Client, demand, price)
 
 	// The offer, with the records that one must have.
 	file := vm.Record()

@@ -16,6 +16,7 @@ import (
 
 	"chrysalis/attest/attesttest"
 	"chrysalis/devnet"
+	"chrysalis/devnet/devnettest"
 	"chrysalis/measure/record"
 	"chrysalis/registry"
 	"chrysalis/registry/lite"
@@ -57,16 +58,7 @@ func serveDevnet(t *testing.T, state string) (*devnet.Chain, *devnet.Server) {
 	t.Helper()
 	t.Setenv("XDG_STATE_HOME", state)
 	t.Setenv("CHRYSALIS_TON_NETWORK", "devnet")
-	chain, err := devnet.Open(devnet.Options{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { chain.Close() })
-	server, err := chain.Serve("127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { server.Close() })
+	chain, server := devnettest.Serve(t, devnet.Options{})
 	dir := filepath.Join(state, "chrysalis", "devnet")
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		t.Fatal(err)

@@ -13,6 +13,7 @@ import (
 	"chrysalis/channel"
 	"chrysalis/channel/voucher"
 	"chrysalis/devnet"
+	"chrysalis/devnet/devnettest"
 	"chrysalis/pay/purse"
 	"chrysalis/registry"
 	"chrysalis/registry/lite"
@@ -32,24 +33,8 @@ type world struct {
 func newWorld(t *testing.T) *world {
 	t.Helper()
 	w := &world{key: ed25519.NewKeyFromSeed(bytes.Repeat([]byte{1}, 32)), own: channel.Own{Path: filepath.Join(t.TempDir(), "channels.json")}}
-	var err error
-	if w.chain, err = devnet.Open(devnet.Options{}); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { w.chain.Close() })
-	if w.server, err = w.chain.Serve("127.0.0.1:0"); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { w.server.Close() })
-	network := lite.Network{GlobalID: w.chain.GlobalID()}
-	if err := network.ReadGlobalConfig(w.chain.GlobalConfig(w.server)); err != nil {
-		t.Fatal(err)
-	}
-	client, err := lite.New(network, lite.Options{Timeout: 2 * time.Second})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(client.Close)
+	w.chain, w.server = devnettest.Serve(t, devnet.Options{})
+	client := devnettest.Client(t, w.chain, w.server, lite.Options{Timeout: 2 * time.Second})
 	wallet, err := registry.NewWallet(w.key, "v5r1", w.chain.GlobalID())
 	if err != nil {
 		t.Fatal(err)
