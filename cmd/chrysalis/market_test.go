@@ -49,17 +49,7 @@ func TestMarketCommand(t *testing.T) {
 	image, model := vm.Record().Image, vm.Record().Models[0]
 	another := model
 	another.Name, another.RootHash = "acme/model", filled(32, 7)
-	for _, r := range []record.Record{&image, &model, &another} {
-		data, err := record.Encode(r)
-		if err != nil {
-			t.Fatal(err)
-		}
-		path := filepath.Join(t.TempDir(), "record.json")
-		if err := os.WriteFile(path, data, 0o644); err != nil {
-			t.Fatal(err)
-		}
-		do("registry", "publish", "--key-file", publisher, path)
-	}
+	publish(t, publisher, &image, &model, &another)
 	key := image.Key()
 	publishers := []lite.Address{}
 	if a, err := lite.ParseAddress(address); err == nil {

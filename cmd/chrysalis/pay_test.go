@@ -93,19 +93,7 @@ func TestProxyPays(t *testing.T) {
 	if _, err := runCommand(t, "registry", "init", "--key-file", owner); err != nil {
 		t.Fatal(err)
 	}
-	for _, r := range []record.Record{&file.Image, &file.Models[0]} {
-		data, err := record.Encode(r)
-		if err != nil {
-			t.Fatal(err)
-		}
-		path := filepath.Join(t.TempDir(), "record.json")
-		if err := os.WriteFile(path, data, 0o644); err != nil {
-			t.Fatal(err)
-		}
-		if _, err := runCommand(t, "registry", "publish", "--key-file", owner, path); err != nil {
-			t.Fatal(err)
-		}
-	}
+	publish(t, owner, &file.Image, &file.Models[0])
 	at, err := lite.ParseAddress(address)
 	if err != nil {
 		t.Fatal(err)

@@ -69,6 +69,24 @@ func serveDevnet(t *testing.T, state string) (*devnet.Chain, *devnet.Server) {
 	return chain, server
 }
 
+// publish publishes records in the registry of a key's wallet.
+func publish(t *testing.T, keyFile string, records ...record.Record) {
+	t.Helper()
+	for _, r := range records {
+		data, err := record.Encode(r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		path := filepath.Join(t.TempDir(), "record.json")
+		if err := os.WriteFile(path, data, 0o644); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := runCommand(t, "registry", "publish", "--key-file", keyFile, path); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
 // fundedKey makes the key of a wallet with money, and tells the wallet's registry.
 func fundedKey(t *testing.T, chain *devnet.Chain, path string) string {
 	t.Helper()

@@ -3,7 +3,6 @@ package main
 import (
 	"bytes"
 	"errors"
-	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -69,20 +68,6 @@ func TestUpList(t *testing.T) {
 		})
 		return err
 	}
-	publish := func(key string, records ...record.Record) {
-		t.Helper()
-		for _, r := range records {
-			data, err := record.Encode(r)
-			if err != nil {
-				t.Fatal(err)
-			}
-			path := filepath.Join(t.TempDir(), "record.json")
-			if err := os.WriteFile(path, data, 0o644); err != nil {
-				t.Fatal(err)
-			}
-			do("registry", "publish", "--key-file", key, path)
-		}
-	}
 	refused := func(want error, what string, args ...string) {
 		t.Helper()
 		if err := up(args...); err == nil || want != nil && !errors.Is(err, want) || !strings.Contains(err.Error(), what) || booted > 0 {
@@ -92,13 +77,13 @@ func TestUpList(t *testing.T) {
 	do("registry", "init", "--key-file", publisher)
 	do("registry", "init", "--key-file", owner)
 	// What the owner has published itself counts for nothing unless it is named.
-	publish(owner, &file.Image, &file.Shapes[0], &file.Engines[0], &file.Models[0])
+	publish(t, owner, &file.Image, &file.Shapes[0], &file.Engines[0], &file.Models[0])
 	refused(registry.ErrUnpublished, "of the image", "--registry", address)
-	publish(publisher, &file.Image)
+	publish(t, publisher, &file.Image)
 	refused(registry.ErrUnpublished, "of the model acme/model@1", "--registry", address)
-	publish(publisher, &file.Models[0], &file.Shapes[0])
+	publish(t, publisher, &file.Models[0], &file.Shapes[0])
 	refused(registry.ErrUnpublished, "of the engine llama.cpp", "--registry", address)
-	publish(publisher, &file.Engines[0])
+	publish(t, publisher, &file.Engines[0])
 	refused(registry.ErrSignatures, "demands", "--registry", address, "--auditor", strings.Repeat("0", 64), "--signatures", "1")
 	refused(nil, "endpoint", "--registry", address, "--endpoint", "worker")
 	poor := filepath.Join(dir, "poor.key")
