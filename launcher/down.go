@@ -191,12 +191,8 @@ func Status(ctx context.Context, stateDir, name string) ([]State, error) {
 	if err != nil {
 		return nil, err
 	}
-	names := []string{name}
-	if name == "" {
-		if names, err = st.names(); err != nil {
-			return nil, err
-		}
-	} else if err := checkName(name); err != nil {
+	names, err := st.named(name)
+	if err != nil {
 		return nil, err
 	}
 	states := []State{}

@@ -355,12 +355,8 @@ func Earnings(ctx context.Context, stateDir, name string) ([]Earned, error) {
 	if err != nil {
 		return nil, err
 	}
-	names := []string{name}
-	if name == "" {
-		if names, err = st.names(); err != nil {
-			return nil, err
-		}
-	} else if err := checkName(name); err != nil {
+	names, err := st.named(name)
+	if err != nil {
 		return nil, err
 	}
 	var list []Earned

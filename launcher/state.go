@@ -230,6 +230,17 @@ func (s store) names() ([]string, error) {
 }
 
 // runs lists a VM's runs, the oldest first.
+// named is the VM of that name alone, or all when name is empty.
+func (s store) named(name string) ([]string, error) {
+	if name == "" {
+		return s.names()
+	}
+	if err := checkName(name); err != nil {
+		return nil, err
+	}
+	return []string{name}, nil
+}
+
 func (s store) runs(name string) ([]run, error) {
 	entries, err := os.ReadDir(filepath.Join(s.vm(name), "runs"))
 	if errors.Is(err, fs.ErrNotExist) {

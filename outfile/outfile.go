@@ -4,12 +4,14 @@
 // While it is written, a file is beside its place and has a hidden name,
 // ".NAME.DIGITS". Its writer holds a lock on it, which the kernel drops with the
 // process: one whose lock is free is what a killed process left, and goes when the
-// next one writes a file of that name.
+// next one writes a file of that name. Files that one process keeps open and adds to are
+// locked and read here, too.
 package outfile
 
 import (
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -110,6 +112,43 @@ func (f *File) Discard() {
 		os.Remove(f.temp)
 		f.temp = ""
 	}
+}
+
+// ErrLocked is a lock that another process holds.
+var ErrLocked = errors.New("another process holds the lock")
+
+// Lock takes the lock of a file, which is made if it is not there, without waiting for
+// it. It is given back when the file is closed, or with the process.
+func Lock(path string) (*os.File, error) {
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		f.Close()
+		return nil, ErrLocked
+	}
+	return f, nil
+}
+
+// ErrNoFile is what is not a file, or not one of the size that is allowed.
+var ErrNoFile = errors.New("not a file, or too large a one")
+
+// Read reads a whole file of at most limit bytes.
+func Read(path string, limit int64) ([]byte, error) {
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	if !info.Mode().IsRegular() || info.Size() > limit {
+		return nil, ErrNoFile
+	}
+	return io.ReadAll(io.LimitReader(f, limit))
 }
 
 // Write replaces the file at path by one with this content.

@@ -129,3 +129,50 @@ func TestNoRoom(t *testing.T) {
 		t.Errorf("left: %v", got)
 	}
 }
+
+// A lock is one process's, or one file's, at a time, and free once that is closed.
+func TestLock(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "lock")
+	f, err := Lock(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Lock(path); !errors.Is(err, ErrLocked) {
+		t.Error(err)
+	}
+	f.Close()
+	if f, err = Lock(path); err != nil {
+		t.Fatal(err)
+	}
+	f.Close()
+	if _, err := Lock(filepath.Join(path, "lock")); err == nil || errors.Is(err, ErrLocked) {
+		t.Errorf("a file for a folder: %v", err)
+	}
+}
+
+// Read takes files up to a size, and waits for no pipe.
+func TestRead(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "file")
+	if _, err := Read(path, 3); !errors.Is(err, os.ErrNotExist) {
+		t.Error(err)
+	}
+	if err := os.WriteFile(path, []byte("abc"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if data, err := Read(path, 3); err != nil || string(data) != "abc" {
+		t.Errorf("%q, %v", data, err)
+	}
+	pipe := filepath.Join(dir, "pipe")
+	if err := unix.Mkfifo(pipe, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, bad := range []string{dir, pipe} {
+		if _, err := Read(bad, 3); !errors.Is(err, ErrNoFile) {
+			t.Errorf("%s: %v", bad, err)
+		}
+	}
+	if _, err := Read(path, 2); !errors.Is(err, ErrNoFile) {
+		t.Error(err)
+	}
+}

@@ -13,10 +13,10 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"syscall"
 	"time"
 
 	"chrysalis/channel/voucher"
+	"chrysalis/outfile"
 )
 
 // The log is header, and then records: marker, the payload's length, a CRC-32C of
@@ -243,12 +243,10 @@ func Open(dir string) (*Store, error) {
 	}
 	s := &Store{dir: dir}
 	var err error
-	if s.lock, err = os.OpenFile(filepath.Join(dir, lockName), os.O_CREATE|os.O_RDWR, 0o600); err != nil {
-		return nil, err
-	}
-	if err := syscall.Flock(int(s.lock.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
-		s.lock.Close()
+	if s.lock, err = outfile.Lock(filepath.Join(dir, lockName)); errors.Is(err, outfile.ErrLocked) {
 		return nil, fmt.Errorf("%w: %s", ErrLocked, dir)
+	} else if err != nil {
+		return nil, err
 	}
 	if err := s.open(); err != nil {
 		s.lock.Close()
@@ -308,19 +306,11 @@ func (s *Store) open() error {
 }
 
 func readLog(path string) ([]byte, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	info, err := f.Stat()
-	if err != nil {
-		return nil, err
-	}
-	if !info.Mode().IsRegular() || info.Size() > maxLog {
+	data, err := outfile.Read(path, maxLog)
+	if errors.Is(err, outfile.ErrNoFile) {
 		return nil, fmt.Errorf("%s is not a log", path)
 	}
-	return io.ReadAll(io.LimitReader(f, maxLog))
+	return data, err
 }
 
 // commit writes a record and returns when it is durable. It is called with s.mu held

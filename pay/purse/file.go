@@ -12,7 +12,6 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
-	"syscall"
 	"time"
 
 	"chrysalis/channel/voucher"
@@ -179,12 +178,10 @@ func Open(dir string, globalID int32, key ed25519.PrivateKey, budget uint64) (*P
 		return nil, err
 	}
 	var err error
-	if p.lock, err = os.OpenFile(filepath.Join(dir, lockName), os.O_CREATE|os.O_RDWR, 0o600); err != nil {
-		return nil, err
-	}
-	if err := syscall.Flock(int(p.lock.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
-		p.lock.Close()
+	if p.lock, err = outfile.Lock(filepath.Join(dir, lockName)); errors.Is(err, outfile.ErrLocked) {
 		return nil, fmt.Errorf("%w: %s", ErrLocked, dir)
+	} else if err != nil {
+		return nil, err
 	}
 	if err := p.open(); err != nil {
 		p.lock.Close()
@@ -199,7 +196,10 @@ func (p *Purse) title() string {
 }
 
 func (p *Purse) open() error {
-	data, err := readFile(p.path)
+	data, err := outfile.Read(p.path, maxFile)
+	if errors.Is(err, outfile.ErrNoFile) {
+		return fmt.Errorf("%w: %s is not a purse's file", ErrDamaged, p.path)
+	}
 	if errors.Is(err, os.ErrNotExist) {
 		return p.rewrite()
 	}
@@ -238,22 +238,6 @@ func (p *Purse) open() error {
 	}
 	p.file, p.size = f, int64(end)
 	return nil
-}
-
-func readFile(path string) ([]byte, error) {
-	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	info, err := f.Stat()
-	if err != nil {
-		return nil, err
-	}
-	if !info.Mode().IsRegular() || info.Size() > maxFile {
-		return nil, fmt.Errorf("%w: %s is not a purse's file", ErrDamaged, path)
-	}
-	return io.ReadAll(io.LimitReader(f, maxFile))
 }
 
 // rewrite writes the whole to a new file in place of the old one.
