@@ -174,13 +174,23 @@ type span struct {
 // maxSpans bounds how many are kept of one channel.
 const maxSpans = 16
 
-// bought notes at which prices a voucher was taken. t.mu is held.
-func (t *paying) bought(total uint64) {
-	if last := len(t.spans) - 1; last >= 0 && slices.Equal(t.spans[last].prices, t.accept.Extra.Models) {
+// bought notes at which prices a voucher was taken: those that were said before it was
+// sent, or those that were said with the answer, whichever are higher, since they may
+// have changed on either side of it. t.mu is held.
+func (t *paying) bought(total uint64, before []pay.ModelPrice) {
+	prices := slices.Clone(t.accept.Extra.Models)
+	for i, now := range prices {
+		for _, was := range before {
+			if was.ID == now.ID {
+				prices[i].Price = higher(now.Price, was.Price)
+			}
+		}
+	}
+	if last := len(t.spans) - 1; last >= 0 && slices.Equal(t.spans[last].prices, prices) {
 		t.spans[last].until = total
 		return
 	}
-	if t.spans = append(t.spans, span{total, t.accept.Extra.Models}); len(t.spans) > maxSpans {
+	if t.spans = append(t.spans, span{total, prices}); len(t.spans) > maxSpans {
 		t.spans = t.spans[1:]
 	}
 }
@@ -199,11 +209,16 @@ func (t *paying) reckoned(m *manifest.Manifest, model string) pay.Price {
 	for _, s := range t.spans {
 		for _, p := range s.prices {
 			if p.ID == model {
-				price = pay.Price{Prompt: max(price.Prompt, p.Prompt), Completion: max(price.Completion, p.Completion)}
+				price = higher(price, p.Price)
 			}
 		}
 	}
 	return price
+}
+
+// higher is the higher of two prices, each kind by itself.
+func higher(p, q pay.Price) pay.Price {
+	return pay.Price{Prompt: max(p.Prompt, q.Prompt), Completion: max(p.Completion, q.Completion)}
 }
 
 // blindly reports whether what is used now may have been bought at prices that are not
@@ -546,6 +561,12 @@ func (t *paying) pay(ctx context.Context, account *purse.Account, step uint64, m
 	if err != nil || v == nil {
 		return err
 	}
+	t.mu.Lock()
+	var before []pay.ModelPrice
+	if t.accept != nil {
+		before = t.accept.Extra.Models
+	}
+	t.mu.Unlock()
 	terms, ok, err := t.exchange(ctx, v)
 	if err != nil {
 		return err
@@ -558,7 +579,7 @@ func (t *paying) pay(ctx context.Context, account *purse.Account, step uint64, m
 	}
 	if ok {
 		t.mu.Lock()
-		t.bought(v.Total)
+		t.bought(v.Total, before)
 		t.mu.Unlock()
 	}
 	if !ok {

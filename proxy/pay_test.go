@@ -61,6 +61,7 @@ type till struct {
 	mu       sync.Mutex
 	receipt  func(*receipt.Receipt) bool // changes it, or says that there is none
 	terms    func(*pay.Terms)
+	taken    func()                   // after a voucher, before the answer to it
 	event    func(w io.Writer, i int) // before each event
 	refuse   bool                     // every request, whatever was paid
 	sequence int64
@@ -158,6 +159,12 @@ func (t *till) serve(w http.ResponseWriter, r *http.Request) {
 			return
 		}
 		t.durable()
+		t.mu.Lock()
+		taken := t.taken
+		t.mu.Unlock()
+		if taken != nil {
+			taken()
+		}
 	}
 	if r.URL.Path == proxy.PaymentPath {
 		t.answerTerms(w, 200, r.URL.Path, "", session)
@@ -595,6 +602,30 @@ func TestPriceChange(t *testing.T) {
 	}
 	if len(w.purse.Bars()) > 0 {
 		t.Error(w.purse.Bars())
+	}
+}
+
+// TestPriceFalls lowers the price between taking a voucher and saying so: what it bought
+// costs what it cost, and no stream may have to wait for it.
+func TestPriceFalls(t *testing.T) {
+	w := startPaid(t, 1, 1<<40, nil)
+	till := w.tills[0]
+	till.patient.Store(200)
+	till.words.Store(500)
+	w.served(t, body(true, ""))
+	var once sync.Once
+	till.mu.Lock()
+	till.taken = func() {
+		once.Do(func() {
+			till.book.SetPrices(pay.Tariff{Step: payStep, Models: map[string]pay.Price{payModelID: {Prompt: 1_000_000, Completion: 1_000_000}}})
+		})
+	}
+	till.mu.Unlock()
+	for range 14 {
+		w.served(t, body(true, ""))
+	}
+	if s := w.quiet(t, 0); s.Used <= 510*perToken || len(w.purse.Bars()) > 0 || till.book.Prices().Models[payModelID] == ceiling {
+		t.Errorf("%+v %v", s, w.purse.Bars())
 	}
 }
 
