@@ -34,7 +34,8 @@ type charge struct {
 	ceiling pay.Price
 	digest  string // of the request's body, as its receipt has it
 	salt    [receipt.SaltSize]byte
-	short   error // why less is covered than was to be
+	short   error       // why less is covered than was to be
+	asked   purse.Asked // what was known when the request was sent
 	meter   *meter
 	ended   bool
 }
@@ -161,6 +162,7 @@ func (w *worker) chargeOnce(ctx context.Context, r *http.Request, a asked, body 
 		}()
 	}
 	c.request.Sent()
+	c.asked = account.Asking()
 	return c, nil
 }
 
@@ -174,7 +176,11 @@ func (w *worker) refused(c *charge, answer *http.Response) error {
 	}
 	terms, err := readTerms(answer)
 	if err == nil {
-		err = w.paying.learn(terms)
+		said := said{Terms: terms}
+		if c != nil {
+			said.asked = c.asked
+		}
+		err = w.paying.learn(said)
 	}
 	if err == nil && c != nil && (errors.Is(c.short, purse.ErrBudget) || errors.Is(c.short, purse.ErrLimit)) {
 		err = c.short // it cannot be expected to

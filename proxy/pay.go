@@ -305,10 +305,27 @@ func (p *Payment) terms(t *pay.Terms, m *manifest.Manifest, offered []voucher.Ch
 	return a, nil
 }
 
+// said is what a VM says, and what was known when it was asked.
+type said struct {
+	*pay.Terms
+	asked purse.Asked
+}
+
+// asking is what is known now.
+func (t *paying) asking() purse.Asked {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.account == nil {
+		return purse.Asked{}
+	}
+	return t.account.Asking()
+}
+
 // exchange asks for terms, or pays with a voucher. ok says that the VM took it.
-func (t *paying) exchange(ctx context.Context, v *voucher.Voucher) (terms *pay.Terms, ok bool, err error) {
+func (t *paying) exchange(ctx context.Context, v *voucher.Voucher) (terms said, ok bool, err error) {
 	ctx, cancel := context.WithTimeout(ctx, payLimit)
 	defer cancel()
+	terms.asked = t.asking()
 	t.mu.Lock()
 	spki := t.spki
 	t.mu.Unlock()
@@ -327,7 +344,7 @@ func (t *paying) exchange(ctx context.Context, v *voucher.Voucher) (terms *pay.T
 	}
 	request, err := http.NewRequestWithContext(ctx, method, t.worker.endpoint+PaymentPath, http.NoBody)
 	if err != nil {
-		return nil, false, err
+		return terms, false, err
 	}
 	t.mu.Lock()
 	t.header(request.Header)
@@ -344,13 +361,13 @@ func (t *paying) exchange(ctx context.Context, v *voucher.Voucher) (terms *pay.T
 		err = errBooted
 	}
 	if err != nil {
-		return nil, false, err
+		return terms, false, err
 	}
 	defer answer.Body.Close()
 	if answer.StatusCode != http.StatusOK && answer.StatusCode != http.StatusPaymentRequired {
-		return nil, false, fmt.Errorf("%w: it answered %d to the question for them", ErrTerms, answer.StatusCode)
+		return terms, false, fmt.Errorf("%w: it answered %d to the question for them", ErrTerms, answer.StatusCode)
 	}
-	terms, err = readTerms(answer)
+	terms.Terms, err = readTerms(answer)
 	return terms, answer.StatusCode == http.StatusOK, err
 }
 
@@ -374,7 +391,7 @@ func (t *paying) header(h http.Header) {
 }
 
 // learn takes terms over, and what they say of the channel.
-func (t *paying) learn(terms *pay.Terms) error {
+func (t *paying) learn(terms said) error {
 	payment := t.worker.proxy.options.Payment
 	session, m := t.worker.verifiedSession()
 	if session == nil {
@@ -383,7 +400,7 @@ func (t *paying) learn(terms *pay.Terms) error {
 	t.worker.mu.Lock()
 	offered := t.worker.payees
 	t.worker.mu.Unlock()
-	a, err := payment.terms(terms, m, offered)
+	a, err := payment.terms(terms.Terms, m, offered)
 	if err != nil {
 		return err
 	}
@@ -403,7 +420,7 @@ func (t *paying) learn(terms *pay.Terms) error {
 	c.Used, _ = pay.ParseAmount(credit.Used) // the terms are valid
 	c.Cover, _ = pay.ParseAmount(credit.Cover)
 	c.Limit, _ = pay.ParseAmount(credit.Limit)
-	if err := account.Reconcile(c); err != nil {
+	if err := account.Reconcile(c, terms.asked); err != nil {
 		if errors.Is(err, purse.ErrForeign) {
 			t.mu.Lock()
 			t.except[id], t.account = true, nil

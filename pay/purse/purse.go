@@ -121,6 +121,7 @@ type Account struct {
 	retired bool   // it is to be closed
 	held    uint64
 	running map[*Request]bool
+	ended   uint64 // how many requests have that may have been charged
 	doubts  []doubt
 	last    time.Time
 }
@@ -330,10 +331,21 @@ func (a *Account) Known() bool {
 	return a.known
 }
 
+// Asked is what was known of a channel when its payee was asked where it stands.
+type Asked struct{ taken, ended uint64 }
+
+// Asking is for Reconcile, and called before the payee is asked.
+func (a *Account) Asking() Asked {
+	a.purse.mu.Lock()
+	defer a.purse.mu.Unlock()
+	return Asked{a.taken, a.ended}
+}
+
 // Reconcile takes what a payee says of the channel, of which it must never say less
-// than is known here: vouchers that it took count, and nothing was used but what was
-// charged. One that does is barred, and the error is ErrLostCredit.
-func (a *Account) Reconcile(c pay.Credit) error {
+// than was known here when it was asked: vouchers that it took count, and nothing was
+// used but what was charged. One that does is barred, and the error is ErrLostCredit.
+// What it says may be older than what has become known here meanwhile.
+func (a *Account) Reconcile(c pay.Credit, asked Asked) error {
 	p := a.purse
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -349,21 +361,22 @@ func (a *Account) Reconcile(c pay.Credit) error {
 	switch {
 	case c.Cover > a.signed:
 		return fmt.Errorf("%w: a voucher for %d nanotons, where %d was signed", ErrForeign, c.Cover, a.signed)
-	case c.Cover < a.taken:
-		return a.bar(fmt.Errorf("%w: it had taken vouchers for %d nanotons, and says %d", ErrLostCredit, a.taken, c.Cover))
+	case c.Cover < asked.taken:
+		return a.bar(fmt.Errorf("%w: it had taken vouchers for %d nanotons, and says %d", ErrLostCredit, asked.taken, c.Cover))
 	case c.Used > most:
 		return a.bar(fmt.Errorf("%w: it says that %d nanotons were used, and it can be %d at most", ErrLostCredit, c.Used, most))
 	}
 	a.theirs = c.Limit
-	if len(a.running) > 0 {
+	if len(a.running) > 0 || a.ended != asked.ended {
 		a.known = true
 		return nil
 	}
 	if c.Used > a.used {
 		a.charged(c.Used - a.used)
 	}
-	changed := a.used != c.Used || a.taken != c.Cover || a.dirty
-	a.used, a.taken, a.known, a.dirty = c.Used, c.Cover, true, doubted > 0
+	taken := max(a.taken, c.Cover)
+	changed := a.used != c.Used || a.taken != taken || a.dirty
+	a.used, a.taken, a.known, a.dirty = c.Used, taken, true, doubted > 0
 	if !changed {
 		return nil
 	}
@@ -620,6 +633,7 @@ func (r *Request) Settle(c Receipt) error {
 	if !r.end() {
 		return nil
 	}
+	a.ended++
 	if err := r.check(c); err != nil {
 		// What it says it is owed is not believed; what it could be is.
 		a.used = add(a.used, min(c.Charged, r.hold))
@@ -703,6 +717,7 @@ func (r *Request) Left() {
 		return
 	}
 	a := r.account
+	a.ended++
 	// What is on its way has been covered but for a step, and no more than that can be
 	// charged.
 	most := add(a.signed, a.step)

@@ -131,7 +131,7 @@ func TestSign(t *testing.T) {
 	if _, err := a.Begin(Begin{Price: ceiling, Ceiling: ceiling, Step: step, Request: 1}); !errors.Is(err, ErrUnknown) {
 		t.Fatal(err)
 	}
-	if err := a.Reconcile(pay.Credit{Channel: id, Used: 1_200_000, Cover: signed, Limit: 1 << 40}); err != nil {
+	if err := a.Reconcile(pay.Credit{Channel: id, Used: 1_200_000, Cover: signed, Limit: 1 << 40}, a.Asking()); err != nil {
 		t.Fatal(err)
 	}
 	begin(t, a, 1)
@@ -174,7 +174,7 @@ func TestReconcile(t *testing.T) {
 			p = open(t, dir, 1<<40)
 			a = use(t, p, 1<<40, false)
 			tt.say(&credit)
-			if err := a.Reconcile(credit); !errors.Is(err, tt.want) || (err == nil) != (tt.want == nil) {
+			if err := a.Reconcile(credit, a.Asking()); !errors.Is(err, tt.want) || (err == nil) != (tt.want == nil) {
 				t.Fatalf("%v, want %v", err, tt.want)
 			}
 			barred := tt.want == ErrLostCredit
@@ -205,6 +205,35 @@ func TestReconcile(t *testing.T) {
 	}
 }
 
+// TestReconcileLate has what a payee says arrive after what has become known since: it
+// is older, and neither a loss nor less used.
+func TestReconcileLate(t *testing.T) {
+	p := open(t, t.TempDir(), 1<<40)
+	a := use(t, p, 1<<40, true)
+	first := begin(t, a, 100)
+	sign(t, a)
+	asked, then := a.Asking(), a.State()
+	if err := first.Settle(receiptOf(a, 100, 0)); err != nil {
+		t.Fatal(err)
+	}
+	second := begin(t, a, 5000)
+	sign(t, a)
+	if err := second.Settle(receiptOf(a, 100, 0)); err != nil {
+		t.Fatal(err)
+	}
+	now := a.State()
+	late := pay.Credit{Channel: id, Used: then.Used, Cover: then.Taken, Limit: 1 << 40}
+	if now.Used == then.Used || now.Taken == then.Taken {
+		t.Fatalf("%+v, then %+v", now, then)
+	}
+	if err := a.Reconcile(late, asked); err != nil || a.State() != now {
+		t.Errorf("%v: %+v, want %+v", err, a.State(), now)
+	}
+	if err := a.Reconcile(late, a.Asking()); !errors.Is(err, ErrLostCredit) {
+		t.Errorf("what it says now: %v", err)
+	}
+}
+
 // kill ends a purse as if its process had been killed.
 func kill(p *Purse) {
 	p.file.Close()
@@ -230,7 +259,7 @@ func TestLimits(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			p := open(t, t.TempDir(), tt.budget)
 			a := use(t, p, tt.limit, true)
-			if err := a.Reconcile(pay.Credit{Channel: id, Limit: tt.theirs}); err != nil {
+			if err := a.Reconcile(pay.Credit{Channel: id, Limit: tt.theirs}, a.Asking()); err != nil {
 				t.Fatal(err)
 			}
 			r := begin(t, a, 0)
