@@ -76,9 +76,11 @@ func TestShortlist(t *testing.T) {
 		{"all have", []Candidate{at(5, true, false), at(4, true, false), at(3, true, false), at(2, true, false), at(1, true, false)}, []int{4, 3, 2, 1}},
 		{"those that refuse", []Candidate{at(1, false, true), at(2, false, true), at(100, true, false), at(50, false, false), at(60, false, false)}, []int{3, 4, 2, 0}},
 	} {
-		if got := DefaultTaste().Shortlist(tt.candidates, 4, Tokens{1e6, 1e6}, func() uint32 { return 0 }); !slices.Equal(got, tt.want) {
-			t.Errorf("%s: %v, expected %v", tt.name, got, tt.want)
-		}
+		t.Run(tt.name, func(t *testing.T) {
+			if got := DefaultTaste().Shortlist(tt.candidates, 4, Tokens{1e6, 1e6}, func() uint32 { return 0 }); !slices.Equal(got, tt.want) {
+				t.Errorf("%v, expected %v", got, tt.want)
+			}
+		})
 	}
 }
 

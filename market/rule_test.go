@@ -145,9 +145,11 @@ func TestReference(t *testing.T) {
 		{"one fewer", with(attested(fake(1), 1), attested(fake(2), 2), attested(fake(3), 3)), 1000},
 		{"no price", with(Offer{Owner: "0:x", Worker: [32]byte{3}, Price: price(-5, 1)}), 1100},
 	} {
-		if got, ok := Default().Reference(tt.others); got != tt.want || ok != (tt.want != 0) {
-			t.Errorf("%s: %d, expected %d", tt.name, got, tt.want)
-		}
+		t.Run(tt.name, func(t *testing.T) {
+			if got, ok := Default().Reference(tt.others); got != tt.want || ok != (tt.want != 0) {
+				t.Errorf("%d, expected %d", got, tt.want)
+			}
+		})
 	}
 }
 
