@@ -207,18 +207,17 @@ func (p *Proxy) choices() []*option {
 }
 
 // keep makes the options that were picked the proxy's workers. Others that have
-// something to do stay, too.
+// something to do stay, too, and all do where nobody who was picked is offered: a
+// listing that is empty says nothing about who is good.
 func (p *Proxy) keep(picked, options []*option) {
-	if len(picked) == 0 {
-		return
-	}
+	offered := slices.ContainsFunc(picked, func(o *option) bool { return len(o.payees) > 0 })
 	chosen := func(w *worker) bool {
 		return slices.ContainsFunc(picked, func(o *option) bool { return o.worker == w })
 	}
 	p.mu.Lock()
 	var workers, gone []*worker
 	for _, w := range p.workers {
-		if chosen(w) || !w.idle() {
+		if !offered || chosen(w) || !w.idle() {
 			workers = append(workers, w)
 		} else {
 			gone = append(gone, w)
