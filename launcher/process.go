@@ -1,14 +1,20 @@
 package launcher
 
 import (
+	"bytes"
 	"fmt"
 	"log"
+	"os"
 	"os/exec"
 	"runtime"
+	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"chrysalis/terminal"
 )
@@ -43,7 +49,7 @@ func (s *spawner) start(name string, cmd *exec.Cmd, log *log.Logger) (*child, er
 	out := &lineLog{prefix: name + ": ", log: log, left: maxChildLog}
 	cmd.Stdout, cmd.Stderr = out, out
 	// Bwrap's --die-with-parent acts from when bwrap runs; this closes the gap
-	// before that.
+	// before that. The one after it is killSession's.
 	if cmd.SysProcAttr == nil {
 		cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	}
@@ -75,6 +81,50 @@ func (c *child) kill() {
 	}
 	syscall.Kill(-c.cmd.Process.Pid, syscall.SIGKILL)
 	<-c.done
+}
+
+// killSession kills what is left of a supervisor's session: the processes that belong
+// to session and have dir in their command line, as the sandboxes of a run have its
+// folder. It waits until they are gone.
+//
+// A sandbox dies with the supervisor, by PR_SET_PDEATHSIG (prctl(2)), but not all of
+// it from its first moment: bubblewrap 0.8 makes its first process inside before that
+// process asks for the same, and when the one outside is killed in between, the one
+// inside waits for it for ever, or goes on alone.
+func killSession(session int, dir string) error {
+	var pids []int
+	for range 500 {
+		// Process ids are used again, and a session's with them: both must fit.
+		pids = slices.DeleteFunc(naming(dir), func(pid int) bool {
+			sid, err := unix.Getsid(pid)
+			return err != nil || sid != session
+		})
+		if len(pids) == 0 {
+			return nil
+		}
+		for _, pid := range pids {
+			syscall.Kill(pid, syscall.SIGKILL)
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	return fmt.Errorf("the processes %v are left from a supervisor that was killed, and do not end", pids)
+}
+
+// naming lists the other processes that have text in their command line. That of a
+// process which has ended and waits for its parent is empty.
+func naming(text string) (pids []int) {
+	entries, _ := os.ReadDir("/proc")
+	for _, e := range entries {
+		pid, err := strconv.Atoi(e.Name())
+		if err != nil || pid == os.Getpid() {
+			continue
+		}
+		line, _ := os.ReadFile("/proc/" + e.Name() + "/cmdline")
+		if bytes.Contains(line, []byte(text)) {
+			pids = append(pids, pid)
+		}
+	}
+	return pids
 }
 
 // maxChildLog bounds what one program may write to the log, in bytes.

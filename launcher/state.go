@@ -258,8 +258,9 @@ func (s store) runs(name string) ([]run, error) {
 	return runs, nil
 }
 
-// settle reports whether the run is alive. One that is over is tidied: its
-// sockets and TPM state go, and its state says that it has ended.
+// settle reports whether the run is alive. One that is over is tidied: processes that
+// outlived a killed supervisor are ended, its sockets and TPM state go, and its state
+// says that it has ended.
 func (r run) settle() (alive bool, err error) {
 	// Shared, so that two who look at a run that is over do not take each other
 	// for its supervisor.
@@ -276,6 +277,11 @@ func (r run) settle() (alive bool, err error) {
 	defer lock.Close()
 	state, changed := r.lastState()
 	if changed {
+		if state.Supervisor > 0 { // known before it starts anything
+			if err := killSession(state.Supervisor, r.dir); err != nil {
+				return false, err
+			}
+		}
 		// Somebody else who looks at it may have removed it; and a full or read-only
 		// disk keeps nobody from being told how it ended.
 		err := r.writeState(state)

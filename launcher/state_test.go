@@ -3,11 +3,14 @@ package launcher
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -155,6 +158,65 @@ func TestLockOfKilledProcess(t *testing.T) {
 	holder.Wait()
 	if alive, err := r.settle(); alive || err != nil {
 		t.Errorf("when it was killed: %v, %v", alive, err)
+	}
+}
+
+// What outlives a supervisor that was killed is ended by whoever looks at the run
+// next, and nothing else is.
+func TestLeftBehind(t *testing.T) {
+	s := store{t.TempDir()}
+	r, lock := testRun(t, s, "vm", LifeReady)
+	lock.Close()
+	// session runs a leader that ends and leaves a process with its command line.
+	session := func(arg string) (leader, left int) {
+		cmd := exec.Command("sh", "-c", `sh -c 'echo $$; exec >&- 2>&-; while :; do sleep 1; done' "$1" &`, "sh", arg)
+		cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+		out, err := cmd.Output()
+		if err == nil {
+			left, err = strconv.Atoi(strings.TrimSpace(string(out)))
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) })
+		return cmd.Process.Pid, left
+	}
+	alive := func(pid int) bool {
+		line, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
+		return err == nil && len(line) > 0
+	}
+	leader, left := session(r.path("io"))
+	_, other := session(r.path("io"))
+	if !alive(left) || !alive(other) {
+		t.Fatal("they ended with their leaders")
+	}
+	state, err := r.readState()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, tt := range []struct {
+		name string
+		run  run
+		ends bool
+	}{
+		{"of another run", s.run("vm", r.id+"x"), false},
+		{"of this run", r, true},
+	} {
+		os.MkdirAll(tt.run.dir, 0o700)
+		os.WriteFile(tt.run.path("lock"), nil, 0o600)
+		state.Supervisor, state.Life = leader, LifeReady
+		if err := tt.run.writeState(state); err != nil {
+			t.Fatal(err)
+		}
+		if is, err := tt.run.settle(); is || err != nil {
+			t.Errorf("%s: %v, %v", tt.name, is, err)
+		}
+		if alive(left) == tt.ends {
+			t.Errorf("%s: alive is %v", tt.name, alive(left))
+		}
+	}
+	if !alive(other) {
+		t.Error("a process of another session was killed")
 	}
 }
 

@@ -55,31 +55,15 @@ func fakeVM(t *testing.T, tools *toolsroot.Root) Options {
 	}
 }
 
-// left lists the processes that have the state folder in their command line.
-func left(stateDir string) (pids []int) {
-	entries, _ := os.ReadDir("/proc")
-	for _, e := range entries {
-		pid, err := strconv.Atoi(e.Name())
-		if err != nil || pid == os.Getpid() {
-			continue
-		}
-		line, _ := os.ReadFile("/proc/" + e.Name() + "/cmdline")
-		if bytes.Contains(line, []byte(stateDir)) {
-			pids = append(pids, pid)
-		}
-	}
-	return pids
-}
-
 func expectNothingLeft(t *testing.T, o Options) {
 	t.Helper()
 	for range 300 {
-		if len(left(o.StateDir)) == 0 {
+		if len(naming(o.StateDir)) == 0 {
 			break
 		}
 		time.Sleep(10 * time.Millisecond)
 	}
-	if pids := left(o.StateDir); len(pids) > 0 {
+	if pids := naming(o.StateDir); len(pids) > 0 {
 		t.Errorf("processes %v are left behind", pids)
 	}
 	filepath.WalkDir(o.StateDir, func(path string, d os.DirEntry, err error) error {
@@ -98,7 +82,7 @@ func expectNothingLeft(t *testing.T, o Options) {
 func waitQEMU(t *testing.T, o Options) {
 	t.Helper()
 	for range 1500 {
-		for _, pid := range left(o.StateDir) {
+		for _, pid := range naming(o.StateDir) {
 			line, _ := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/cmdline")
 			if bytes.Contains(line, []byte("-kernel")) {
 				return
@@ -205,7 +189,7 @@ func TestUpRefusals(t *testing.T) {
 			if _, err := Up(t.Context(), o, nil); err == nil || !strings.Contains(err.Error(), tt.want) {
 				t.Errorf("%v, want %q", err, tt.want)
 			}
-			if pids := left(o.StateDir); len(pids) > 0 {
+			if pids := naming(o.StateDir); len(pids) > 0 {
 				t.Errorf("processes %v are left behind", pids)
 			}
 		})
