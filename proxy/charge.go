@@ -167,13 +167,14 @@ func (w *worker) chargeOnce(ctx context.Context, r *http.Request, a asked, body 
 }
 
 // refused takes an answer 402 over, after which it can be tried once more.
-func (w *worker) refused(c *charge, answer *http.Response) error {
+func (w *worker) refused(ctx context.Context, c *charge, answer *http.Response, patience *patience) error {
 	if w.proxy.options.Payment == nil {
 		return payError{w.paying.note(ErrUnpaid)}
 	}
 	if c != nil {
 		c.request.Unanswered()
 	}
+	patience.piece()
 	terms, err := readTerms(answer)
 	if err == nil {
 		said := said{Terms: terms}
@@ -181,6 +182,11 @@ func (w *worker) refused(c *charge, answer *http.Response) error {
 			said.asked = c.asked
 		}
 		err = w.paying.learn(said)
+	} else {
+		err = patience.why(err)
+		if ctx.Err() == nil { // else it is the client that has left
+			w.refuses()
+		}
 	}
 	if err == nil && c != nil && (errors.Is(c.short, purse.ErrBudget) || errors.Is(c.short, purse.ErrLimit)) {
 		err = c.short // it cannot be expected to

@@ -200,10 +200,16 @@ func TestRefusals(t *testing.T) {
 		"429":               func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(429) },
 		"503":               func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(503) },
 		"it hangs up":       func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) },
+		"402 without terms": func(w http.ResponseWriter, r *http.Request) {
+			w.WriteHeader(402)
+			http.NewResponseController(w).Flush()
+			<-r.Context().Done()
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			w := startPaid(t, 2, 1<<40, func(w *paidWorld, _ *proxy.Options) {
+			w := startPaid(t, 2, 1<<40, func(w *paidWorld, o *proxy.Options) {
+				o.Patience = 2 * time.Second
 				for i, till := range w.tills {
 					if err := till.book.SetPrices(pay.Tariff{Step: payStep, Models: map[string]pay.Price{payModelID: asks(i)}}); err != nil {
 						t.Fatal(err)

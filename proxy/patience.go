@@ -29,8 +29,10 @@ type patience struct {
 	answer time.Duration // until the header of the answer
 	idle   time.Duration // between pieces of it
 
-	mu    sync.Mutex
-	timer *time.Timer
+	mu     sync.Mutex
+	timer  *time.Timer
+	steps  int  // that were begun or ended
+	header bool // of the answer: it is there
 }
 
 // wait returns the patience with one request, and the context to make it in. The
@@ -50,32 +52,68 @@ func (w *worker) wait(ctx context.Context, stream bool) (context.Context, *patie
 		p.answer = p.idle // what a VM waits for an engine's first event
 	}
 	return httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
-		GotConn:      func(httptrace.GotConnInfo) { p.step(uploadLimit, "it did not take the request") },
-		WroteRequest: func(httptrace.WroteRequestInfo) { p.step(p.answer, "it did not begin to answer") },
+		GotConn:      func(httptrace.GotConnInfo) { p.asking(uploadLimit, "it did not take the request") },
+		WroteRequest: func(httptrace.WroteRequestInfo) { p.asking(p.answer, "it did not begin to answer") },
 	}), p
 }
 
-// step gives the next step so long.
+// step gives the next step so long. One that has ended in time ends nothing, even if
+// its timer has fired and only waits for the lock. p.mu is held.
 func (p *patience) step(limit time.Duration, otherwise string) {
 	if p.most > 0 {
 		limit = min(limit, p.most)
 	}
-	p.pause()
+	p.stop()
+	step := p.steps
+	p.timer = time.AfterFunc(limit, func() {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		if p.steps == step {
+			p.cancel(fmt.Errorf("%s in %s", otherwise, limit))
+		}
+	})
+}
+
+// stop ends the step. p.mu is held.
+func (p *patience) stop() {
+	p.steps++
+	if p.timer != nil {
+		p.timer.Stop()
+	}
+}
+
+// asking is a step of the request, which may still be on its way when the answer
+// begins.
+func (p *patience) asking(limit time.Duration, otherwise string) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.timer = time.AfterFunc(limit, func() { p.cancel(fmt.Errorf("%s in %s", otherwise, limit)) })
+	if !p.header {
+		p.step(limit, otherwise)
+	}
+}
+
+// answers ends the steps of the request. It returns what has ended it before: the
+// transport takes an answer, too, that comes while it hangs up.
+func (p *patience) answers() error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.header = true
+	p.stop()
+	return context.Cause(p.ctx)
 }
 
 // piece is the step until the next piece of an answer.
-func (p *patience) piece() { p.step(p.idle, "it broke off in the middle: nothing more came") }
+func (p *patience) piece() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.step(p.idle, "it broke off in the middle: nothing more came")
+}
 
 // pause stops the clock: it is the client that is waited for.
 func (p *patience) pause() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.timer != nil {
-		p.timer.Stop()
-	}
+	p.stop()
 }
 
 // end ends it.

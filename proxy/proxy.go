@@ -339,7 +339,7 @@ func (p *Proxy) tryPaid(worker *worker, r *http.Request, body []byte, ask asked)
 			}
 			return answer, c, patience, done, nil
 		}
-		err = worker.refused(c, answer)
+		err = worker.refused(r.Context(), c, answer, patience)
 		answer.Body.Close()
 		done(answer.StatusCode)
 		switch {
@@ -389,7 +389,13 @@ func (p *Proxy) try(worker *worker, r *http.Request, body []byte, more http.Head
 		worker.inFlight.Add(-1)
 		p.metrics.end(worker.endpoint, status)
 	}
-	if answer, err = worker.transport.RoundTrip(request); err != nil {
+	answer, err = worker.transport.RoundTrip(request)
+	if err == nil {
+		if err = patience.answers(); err != nil {
+			answer.Body.Close()
+		}
+	}
+	if err != nil {
 		err = patience.why(err)
 		done(0)
 		if r.Context().Err() == nil {
