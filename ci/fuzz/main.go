@@ -7,9 +7,13 @@
 // fuzzing wants; its targets then run one by one, each with one worker, and several
 // packages' beside each other. With -state what was done is kept in a file, and an
 // interrupted run goes on where it was: a target that has had its seconds is left
-// out. What is found to be interesting stays in Go's own cache, so that the next run
-// begins with it. An input that fails is written to the package's testdata, where
-// every later `go test` tries it: commit it together with what mends it.
+// out. What is found to be interesting then stays in Go's own cache, and the next run
+// begins with it. Without -state each target begins with its seeds alone: what earlier
+// runs have found takes some 20 ms of the seconds each, and after enough of them there
+// are none left. An input that fails is written to the package's testdata, where
+// every later `go test` tries it: commit it together with what mends it. A target that
+// fails without such an input is tried once more, and that is said: a machine that is
+// out of memory or of time ends a fuzzer, too.
 package main
 
 import (
@@ -75,8 +79,16 @@ type progress struct {
 
 	mu     sync.Mutex
 	done   map[string]result // by PACKAGE.NAME
-	failed []string
+	failed []failure
 }
+
+// A failure is a target that failed, or a package that was not built.
+type failure struct {
+	name string // PACKAGE.NAME, or the package's path
+	err  error  // with the end of what it printed
+}
+
+func (f failure) String() string { return f.name + ": " + f.err.Error() }
 
 func run(ctx context.Context, seconds, jobs int, state, only string) error {
 	module, err := output(ctx, "go", "list", "-m")
@@ -99,11 +111,15 @@ func run(ctx context.Context, seconds, jobs int, state, only string) error {
 	if err := p.load(); err != nil {
 		return err
 	}
-	binaries, err := os.MkdirTemp("", "chrysalis-fuzz-")
+	temporary, err := os.MkdirTemp("", "chrysalis-fuzz-")
 	if err != nil {
 		return err
 	}
-	defer os.RemoveAll(binaries)
+	defer os.RemoveAll(temporary)
+	found := filepath.Join(temporary, "found")
+	if state != "" {
+		found = filepath.Join(cache, "fuzz")
+	}
 
 	name := func(u unit, target string) string {
 		return strings.TrimPrefix(u.path, module+"/") + "." + target
@@ -114,16 +130,21 @@ func run(ctx context.Context, seconds, jobs int, state, only string) error {
 	for range jobs {
 		workers.Go(func() {
 			for u := range work {
-				binary := filepath.Join(binaries, strings.ReplaceAll(u.path, "/", "_"))
+				binary := filepath.Join(temporary, strings.ReplaceAll(u.path, "/", "_"))
 				if err := compile(ctx, u, binary); err != nil {
 					p.fail(u.path, err)
 					continue
 				}
+				corpora := filepath.Join(found, u.path)
 				for _, target := range u.targets {
 					if ctx.Err() != nil {
 						return
 					}
-					r, err := fuzz(ctx, u, binary, target, seconds, filepath.Join(cache, "fuzz", u.path))
+					r, err := fuzz(ctx, u, binary, target, seconds, corpora)
+					if errors.Is(err, errNoInput) && ctx.Err() == nil {
+						fmt.Fprintf(os.Stderr, "%s: once more: %v\n", name(u, target), err)
+						r, err = fuzz(ctx, u, binary, target, seconds, corpora)
+					}
 					if ctx.Err() != nil {
 						return
 					}
@@ -162,7 +183,13 @@ func run(ctx context.Context, seconds, jobs int, state, only string) error {
 		return errors.New("interrupted; the same command goes on if it has -state")
 	}
 	if len(p.failed) > 0 {
-		return fmt.Errorf("failed: %s", strings.Join(p.failed, ", "))
+		// Again, where it is looked for.
+		var names []string
+		for _, f := range p.failed {
+			fmt.Fprintln(os.Stderr, f)
+			names = append(names, f.name)
+		}
+		return fmt.Errorf("failed: %s", strings.Join(names, ", "))
 	}
 	return nil
 }
@@ -225,6 +252,9 @@ func compile(ctx context.Context, u unit, binary string) error {
 // last is the line of figures that a target prints every few seconds.
 var last = regexp.MustCompile(`execs: (\d+) .*new interesting: (\d+) \(total: (\d+)\)`)
 
+// errNoInput is a failure that no input is known for.
+var errNoInput = errors.New("it failed without an input")
+
 // fuzz runs one target.
 func fuzz(ctx context.Context, u unit, binary, target string, seconds int, cache string) (result, error) {
 	if err := os.MkdirAll(cache, 0o755); err != nil {
@@ -245,10 +275,15 @@ func fuzz(ctx context.Context, u unit, binary, target string, seconds int, cache
 	if limited.Err() != nil {
 		return result{}, fmt.Errorf("it does not end\n%s", tail(out))
 	}
-	// The end of the time may be taken for a failure by the fuzzer itself when the
-	// last input was slow (golang.org/issue/56238): then there is no such input.
-	if err != nil && !(bytes.Contains(out, []byte("context deadline exceeded")) && !bytes.Contains(out, []byte("Failing input"))) {
+	switch {
+	case err == nil:
+	case bytes.Contains(out, []byte("Failing input")):
 		return result{}, fmt.Errorf("%w\n%s", err, tail(out))
+	case bytes.Contains(out, []byte("context deadline exceeded")):
+		// The end of the time may be taken for a failure by the fuzzer itself when the
+		// last input was slow (golang.org/issue/56238).
+	default:
+		return result{}, fmt.Errorf("%w: %w\n%s", errNoInput, err, tail(out))
 	}
 	r := result{Seconds: seconds, At: time.Now().UTC().Truncate(time.Second)}
 	if all := last.FindAllSubmatch(out, -1); len(all) > 0 {
@@ -257,7 +292,7 @@ func fuzz(ctx context.Context, u unit, binary, target string, seconds int, cache
 		}
 	}
 	if r.Executions == 0 {
-		return result{}, fmt.Errorf("it has tried nothing\n%s", tail(out))
+		return result{}, fmt.Errorf("%w: it has tried nothing\n%s", errNoInput, tail(out))
 	}
 	return r, nil
 }
@@ -292,8 +327,8 @@ func (p *progress) add(name string, r result) {
 func (p *progress) fail(name string, err error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.failed = append(p.failed, name)
-	fmt.Fprintf(os.Stderr, "%s: %v\n", name, err)
+	p.failed = append(p.failed, failure{name, err})
+	fmt.Fprintln(os.Stderr, p.failed[len(p.failed)-1])
 }
 
 func (p *progress) load() error {
