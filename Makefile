@@ -54,7 +54,7 @@ test: test-deps test-images
 # The fuzzing goes on where it was interrupted; out/fuzz.json says what is done.
 soak: test-deps test-images
 	@go run ./ci/soak
-	@CHRYSALIS_REQUIRE_VM=1 CHRYSALIS_SOAK=10m go test -count=1 -v -timeout 40m -run 'TestCrowd$$' ./ci/vmtest
+	@CHRYSALIS_REQUIRE_VM=1 CHRYSALIS_SOAK=10m go test -count=1 -v -timeout 40m -run 'Test(Crowd|PredictedDisk)$$' ./ci/vmtest
 	@CHRYSALIS_FAULT_POINTS=200 CHRYSALIS_REQUIRE_VM=1 go test -count=1 -timeout 3h -v ./ci/fault
 	@go run ./ci/mutate
 	@go run ./ci/fuzz -state out/fuzz.json 300

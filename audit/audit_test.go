@@ -406,6 +406,9 @@ func copyCheckout(t *testing.T) string {
 // TestAuditImage builds this source tree's image and audits it, which builds it
 // once more, from another path. Then it alters the kernel's command line.
 func TestAuditImage(t *testing.T) {
+	if testing.Short() {
+		t.Skip("builds an image twice")
+	}
 	imagetest.Tools(t)
 	quiet := func(string, int64, int64) {}
 	built := ""

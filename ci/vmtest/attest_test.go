@@ -183,6 +183,7 @@ func startProxyLog(t *testing.T, h *host, args ...string) (base, said string) {
 // TestChangedByte boots what differs in one byte from what a client expects: the
 // VM runs, and every client refuses it under the right name.
 func TestChangedByte(t *testing.T) {
+	t.Parallel()
 	h := newHost(t)
 	rec := recordOf(t, h, uki, llama, demo)
 	trust := []string{"--record", rec, "--allow-not-confidential"}

@@ -355,6 +355,7 @@ func openaiClient(t *testing.T, base string) {
 
 // TestEngineDies kills the engine from the inside, while it streams.
 func TestEngineDies(t *testing.T) {
+	t.Parallel()
 	h := newHost(t)
 	endpoint := h.up("--engine", testEngine(t, "serve"), "--model", demo)
 	c := newClient(t, endpoint)
@@ -438,6 +439,7 @@ func TestEngineDies(t *testing.T) {
 // TestSideBySide runs two VMs of different names, one of them with the debug
 // image, which talks.
 func TestSideBySide(t *testing.T) {
+	t.Parallel()
 	debug := filepath.Join(filepath.Dir(uki), "chrysalis-debug.efi")
 	if _, err := os.Stat(debug); err != nil {
 		t.Fatalf("%v; run 'make image' first", err)

@@ -32,6 +32,7 @@ import (
 // TestEvidence fetches evidence out of a VM as a client would, and checks each
 // part against the others and against what was booted.
 func TestEvidence(t *testing.T) {
+	t.Parallel()
 	h := newHost(t)
 	const token = "sk-0123456789abcdef0123456789abcdef"
 	tokens := filepath.Join(t.TempDir(), "tokens")

@@ -30,6 +30,7 @@ import (
 // itself, and it is the VM's only disk and may be written to. It serves, and
 // afterwards no bit has changed.
 func TestExport(t *testing.T) {
+	t.Parallel()
 	h := newHost(t)
 	disk := filepath.Join(t.TempDir(), "export.raw")
 	if r := h.run(2*time.Minute, "image", "export", "-o", disk, "--image", uki, "--engine", llama, "--model", demo); r.code != 0 {

@@ -227,6 +227,7 @@ func newGPUHost(t *testing.T) *host {
 // the vendor's roots and what the VM itself carries to it. Then one of the GPUs
 // falls off the bus.
 func TestGPU(t *testing.T) {
+	t.Parallel()
 	h := newGPUHost(t)
 	s := newGPUSetup(2)
 	t.Log("the GPU engine disk is the fixture's: NVIDIA's driver is no part of this tree")

@@ -41,6 +41,7 @@ func (c *client) ask(model string) (int, string) {
 // TestTwoModels boots llama.cpp with two models; each is served by an engine of its
 // own, under each of the ways to name it.
 func TestTwoModels(t *testing.T) {
+	t.Parallel()
 	h := newHost(t)
 	second := h.pack("acme/second", "v2")
 	c := newClient(t, h.up("--engine", llama, "--model", demo, "--model", second, "--shape", "small"))
@@ -78,6 +79,7 @@ func TestTwoModels(t *testing.T) {
 // TestWrongFormat boots an engine with a model that it does not read, and a model
 // that is not the one that the manifest says.
 func TestWrongFormat(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	header := `{"a":{"dtype":"U8","shape":[8],"data_offsets":[0,8]}}`
 	for name, data := range map[string]string{
@@ -103,13 +105,8 @@ func TestWrongFormat(t *testing.T) {
 // by vLLM's profile, with vLLM's arguments, and talks to itself over the loopback
 // device as vLLM's processes do. Only the need of a GPU is taken out of the profile.
 func TestOCIEngine(t *testing.T) {
-	binary := filepath.Join(scratch, "engine")
-	if _, err := os.Stat(binary); err != nil {
-		if err := goBuild(binary, "./ci/vmtest/engine"); err != nil {
-			t.Fatal(err)
-		}
-	}
-	server, err := os.ReadFile(binary)
+	t.Parallel()
+	server, err := os.ReadFile(testProgram(t, "engine"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -176,6 +173,7 @@ func TestOCIEngine(t *testing.T) {
 // metadata is there. It is opened at once; reading the weights ahead then meets what
 // does not match, and that ends the VM.
 func TestHugeDisk(t *testing.T) {
+	t.Parallel()
 	path := sparseModel(t, 1<<40)
 	begin := time.Now()
 	info, err := models.Inspect(path)
