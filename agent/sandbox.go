@@ -105,6 +105,9 @@ func enterSandbox() error {
 	if err := limitResources(); err != nil {
 		return err
 	}
+	if err := unix.Prctl(unix.PR_SET_THP_DISABLE, 0, 0, 0, 0); err != nil {
+		return fmt.Errorf("allow huge pages: %w", err)
+	}
 	if err := dropPrivileges(engineID, 0); err != nil {
 		return err
 	}

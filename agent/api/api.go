@@ -28,8 +28,6 @@ import (
 	"crypto/tls"
 	"encoding/hex"
 	"encoding/json"
-	"io"
-	"log"
 	"net"
 	"net/http"
 	"runtime/debug"
@@ -39,6 +37,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"chrysalis/agent/http1"
 	"chrysalis/agent/port"
 	"chrysalis/attest/evidence"
 	"chrysalis/manifest"
@@ -53,7 +52,7 @@ const (
 	bodyIdle         = 15 * time.Second // for a body without a byte of it, unless the manifest allows less
 	bodyTotal        = 2 * time.Minute  // for a whole body, unless the manifest allows less
 	spareConnections = 1024             // past those that can be in the engine or wait for it: idle ones and ones to refuse
-	lingerLimit      = 2 * time.Second  // for reading on after a refusal, so that it is not lost in a reset
+	refusalLimit     = 2 * time.Second  // for saying what went wrong, the time limit included
 	defaultMemory    = 64 << 20         // bytes
 )
 
@@ -95,7 +94,7 @@ type Config struct {
 
 // Server is the inference port's server.
 type Server struct {
-	engine    *http.Transport
+	engine    func(ctx context.Context, model int) (net.Conn, error)
 	evidence  func(context.Context, [evidence.NonceSize]byte) ([]byte, error)
 	gpus      []byte // collateral
 	ready     func() bool
@@ -123,14 +122,14 @@ type Server struct {
 	releasing  atomic.Bool  // soon, to the system
 	waiting    waiting
 	draining   atomic.Bool
-	http       *http.Server
-	tls        *tls.Config
+	http       *http1.Server
 }
 
 // New returns a server. The configuration comes from a manifest that has been
 // validated.
 func New(c Config) *Server {
 	s := &Server{
+		engine:   c.Engine,
 		evidence: c.Evidence,
 		gpus:     c.GPUCollateral,
 		ready:    c.Ready,
@@ -151,15 +150,6 @@ func New(c Config) *Server {
 		manifest:   hex.EncodeToString(c.Manifest[:]),
 		tick:       tick,
 		queueLimit: queueLimit,
-
-		tls: &tls.Config{
-			Certificates: []tls.Certificate{c.Certificate},
-			MinVersion:   tls.VersionTLS13,
-			// A ticket would let a later connection go on without the key that a
-			// client has verified.
-			SessionTicketsDisabled: true,
-			NextProtos:             []string{"http/1.1"},
-		},
 	}
 	if s.counters == nil {
 		s.counters = new(Counters)
@@ -182,21 +172,21 @@ func New(c Config) *Server {
 		memory = defaultMemory
 	}
 	s.memory.Store(max(memory, c.Limits.BodyBytes+1))
-	s.engine = engineTransport(c.Engine)
 	s.bodyIdle, s.bodyTotal = min(bodyIdle, s.idle), min(bodyTotal, s.total)
-	s.http = &http.Server{
-		Handler:           s,
-		ReadHeaderTimeout: handshakeLimit, // net/http takes it for the handshake as well
-		IdleTimeout:       keepAliveLimit,
-		MaxHeaderBytes:    maxHeader - 4096, // net/http adds 4096 of its own
-		Protocols:         port.HTTP1(),
-		ErrorLog:          log.New(io.Discard, "", 0), // it would name peers and print panics
-		ConnState:         s.waiting.state,
-		ConnContext: func(ctx context.Context, conn net.Conn) context.Context {
-			return context.WithValue(ctx, connKey{}, conn)
+	s.http = &http1.Server{
+		Handler: s,
+		TLS: &tls.Config{
+			Certificates: []tls.Certificate{c.Certificate},
+			MinVersion:   tls.VersionTLS13,
+			// A ticket would let a later connection go on without the key that a
+			// client has verified.
+			SessionTicketsDisabled: true,
+			NextProtos:             []string{"http/1.1"},
 		},
-		// "OPTIONS *" is a path like any other that is not in the table.
-		DisableGeneralOptionsHandler: true,
+		HeaderLimit: handshakeLimit,
+		IdleLimit:   keepAliveLimit,
+		MaxHeader:   maxHeader,
+		State:       s.waiting.state,
 	}
 	return s
 }
@@ -211,14 +201,14 @@ func (s *Server) Serve(ln net.Listener) error {
 			once.Do(s.first)
 		}
 	}, s.waiting.closeOne)
-	return s.http.Serve(tls.NewListener(bound, s.tls))
+	return s.http.Serve(bound)
 }
 
 // baseHeap is what the rest of the agent needs, and connectionHeap what a connection
 // does, in bytes.
 const (
 	baseHeap       = 16 << 20
-	connectionHeap = 22 << 10
+	connectionHeap = 18 << 10
 )
 
 // HeapLimit is the soft limit on the Go heap that a process with this server needs.
@@ -240,7 +230,7 @@ func (s *Server) connections() int { return s.places.size + s.places.queue + spa
 func (s *Server) Drain() {
 	s.draining.Store(true)
 	s.places.close()
-	s.http.SetKeepAlivesEnabled(false)
+	s.http.Drain()
 }
 
 // Active is the number of requests that hold a place in the engine.
@@ -286,9 +276,8 @@ type exchange struct {
 	rc        *http.ResponseController
 	end       time.Time // of the time limit for the whole request
 	reserved  int64     // bytes taken from the memory for bodies
-	bodyRead  bool
-	started   bool // the answer's header is out
-	streaming bool // and it is a stream of events
+	started   bool      // the answer's header is out
+	streaming bool      // and it is a stream of events
 	padding   padding
 	receipt   *pending
 	route     *route
@@ -300,12 +289,11 @@ type exchange struct {
 // ServeHTTP implements http.Handler.
 func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	x := &exchange{s: s, w: w, r: r, rc: http.NewResponseController(w), end: time.Now().Add(s.total)}
-	x.bodyRead = r.ContentLength == 0
 	defer func() { s.release(x.reserved) }()
 	defer func() {
 		if p := recover(); p != nil {
 			if p == http.ErrAbortHandler {
-				panic(p) // net/http closes the connection and says nothing
+				panic(p) // the connection is closed, and nothing said
 			}
 			x.fail(errInternal)
 		}
@@ -362,7 +350,7 @@ func (s *Server) handle(x *exchange) error {
 	if err := x.payer(); err != nil {
 		return err
 	}
-	conn, _ := x.r.Context().Value(connKey{}).(net.Conn)
+	conn := http1.Conn(x.r)
 	switch {
 	case client != nil:
 	case s.till != nil && x.unknown == nil:
@@ -380,7 +368,6 @@ func (s *Server) handle(x *exchange) error {
 	if readErr != nil {
 		return readErr
 	}
-	x.bodyRead = true
 	req, err := parse(rt, s.names, body)
 	if err != nil {
 		return err
@@ -541,7 +528,7 @@ func (x *exchange) fail(err error) {
 	}
 	x.s.counters.count(e)
 	// The time limit may be what it has to tell.
-	if soon := time.Now().Add(lingerLimit); x.end.Before(soon) {
+	if soon := time.Now().Add(refusalLimit); x.end.Before(soon) {
 		x.end = soon
 	}
 	if x.started {
@@ -549,11 +536,6 @@ func (x *exchange) fail(err error) {
 			x.write(x.padding.event(nil, e.body()))
 		}
 		panic(http.ErrAbortHandler)
-	}
-	if !x.bodyRead {
-		// Without this net/http reads up to 256 KiB of the body before it answers.
-		x.w.Header().Set("Connection", "close")
-		x.rc.SetReadDeadline(time.Now().Add(lingerLimit))
 	}
 	if e == errDraining {
 		x.w.Header().Set("Connection", "close")

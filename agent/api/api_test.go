@@ -4,17 +4,12 @@ import (
 	"bufio"
 	"bytes"
 	"context"
-	"crypto/ecdsa"
 	"crypto/ed25519"
-	"crypto/elliptic"
-	"crypto/rand"
 	"crypto/tls"
-	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
-	"math/big"
 	"net"
 	"net/http"
 	"path/filepath"
@@ -25,9 +20,11 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
+	"chrysalis/agent/agenttest"
 	"chrysalis/agent/port"
 	"chrysalis/attest/receipt"
 	"chrysalis/guest"
@@ -74,6 +71,10 @@ func (r *recorder) Accept() (net.Conn, error) {
 	return recordedConn{conn, r}, nil
 }
 
+func (c recordedConn) SyscallConn() (syscall.RawConn, error) {
+	return c.Conn.(syscall.Conn).SyscallConn()
+}
+
 func (c recordedConn) Write(p []byte) (int, error) {
 	for {
 		old := c.r.longest.Load()
@@ -91,19 +92,6 @@ var comments = regexp.MustCompile(`(?m)^:[^\n]*\n\n?`)
 
 // unpadded returns a stream's events without padding and receipt.
 func unpadded(body []byte) string { return comments.ReplaceAllString(string(body), "") }
-
-var testCertificate = sync.OnceValue(func() tls.Certificate {
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		panic(err)
-	}
-	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour)}
-	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
-	if err != nil {
-		panic(err)
-	}
-	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}
-})
 
 func clientTLS() *tls.Config {
 	return &tls.Config{InsecureSkipVerify: true} // what is verified is the evidence, elsewhere
@@ -130,7 +118,7 @@ func start(t testing.TB, engine http.HandlerFunc, change func(*Config), tweak fu
 	config := Config{
 		Models:      testModels,
 		Limits:      limits,
-		Certificate: testCertificate(),
+		Certificate: agenttest.Certificate(),
 		ReceiptKey:  testReceiptKey,
 		Manifest:    [48]byte{1},
 		Engine: func(ctx context.Context, model int) (net.Conn, error) {
@@ -169,25 +157,14 @@ func start(t testing.TB, engine http.HandlerFunc, change func(*Config), tweak fu
 			engineServer.Close()
 		}
 		if n := b.Active(); n != 0 {
-			eventually(t, "no place is held", func() bool { return b.Active() == 0 })
+			agenttest.Eventually(t, "no place is held", func() bool { return b.Active() == 0 })
 		}
 		if b.record.longest.Load() > guest.MaxChunk {
 			t.Errorf("a write of %d bytes, at most %d may be", b.record.longest.Load(), guest.MaxChunk)
 		}
-		eventually(t, "no goroutine is left", func() bool { return runtime.NumGoroutine() <= before })
+		agenttest.Eventually(t, "no goroutine is left", func() bool { return runtime.NumGoroutine() <= before })
 	})
 	return b
-}
-
-func eventually(t testing.TB, what string, ok func() bool) {
-	t.Helper()
-	for end := time.Now().Add(5 * time.Second); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
-		if ok() {
-			return
-		}
-	}
-	stacks := make([]byte, 64<<10)
-	t.Errorf("not within 5 s: %s\n%s", what, stacks[:runtime.Stack(stacks, true)])
 }
 
 func (b *bench) request(t testing.TB, method, path, body string) *http.Request {
@@ -621,7 +598,7 @@ func TestSlowBodiesHoldNoPlace(t *testing.T) {
 	for range 8 {
 		conns = append(conns, b.dial(t, postHead+"Content-Length: 100\r\n\r\n{"))
 	}
-	eventually(t, "all bodies are on the way", func() bool { return b.bodies() == len(conns) })
+	agenttest.Eventually(t, "all bodies are on the way", func() bool { return b.bodies() == len(conns) })
 	if b.Active() != 0 {
 		t.Errorf("%d places are held", b.Active())
 	}
@@ -682,7 +659,7 @@ func TestPlaceAfterBody(t *testing.T) {
 			b := start(t, answer,
 				func(c *Config) { c.Limits.Concurrency = 1 }, func(s *Server) { s.queueLimit = 50 * time.Millisecond })
 			conn := b.dial(t, postHead+fmt.Sprintf("Content-Length: %d\r\n\r\n", len(hello)))
-			eventually(t, "the body is on the way", func() bool { return b.bodies() == 1 })
+			agenttest.Eventually(t, "the body is on the way", func() bool { return b.bodies() == 1 })
 			test.change(b)
 			defer func() {
 				if test.status == 429 {
@@ -704,9 +681,9 @@ func TestPlaceAfterBody(t *testing.T) {
 func TestBodyCutOff(t *testing.T) {
 	b := start(t, nil, nil, nil)
 	conn := b.dial(t, postHead+"Content-Length: 100\r\n\r\n{")
-	eventually(t, "the body is on the way", func() bool { return b.bodies() == 1 })
+	agenttest.Eventually(t, "the body is on the way", func() bool { return b.bodies() == 1 })
 	conn.Close()
-	eventually(t, "it is counted", func() bool { return b.bodies() == 0 && b.counters.Cancelled.Load() == 1 })
+	agenttest.Eventually(t, "it is counted", func() bool { return b.bodies() == 0 && b.counters.Cancelled.Load() == 1 })
 
 	conn = b.dial(t, postHead+"Transfer-Encoding: chunked\r\n\r\nnonsense\r\n")
 	resp, body := readResponse(t, conn)
@@ -719,14 +696,14 @@ func TestBodyMemory(t *testing.T) {
 	all := b.memory.Load()
 	conn := b.dial(t, postHead+"Content-Length: 1000000\r\n\r\n")
 	io.WriteString(conn, strings.Repeat(" ", 999_000))
-	eventually(t, "the memory is taken", func() bool { return b.memory.Load() < 100_000 })
+	agenttest.Eventually(t, "the memory is taken", func() bool { return b.memory.Load() < 100_000 })
 	resp, body := b.post(t, "/v1/chat/completions", strings.Repeat(" ", 100_000)+hello)
 	wantError(t, resp, body, 429, "busy")
 	if resp, body := b.post(t, "/v1/chat/completions", hello); resp.StatusCode != 200 {
 		t.Errorf("a short request got %d %s", resp.StatusCode, body)
 	}
 	conn.Close()
-	eventually(t, "the memory is free", func() bool { return b.memory.Load() == all })
+	agenttest.Eventually(t, "the memory is free", func() bool { return b.memory.Load() == all })
 	if resp, body := b.post(t, "/v1/chat/completions", hello); resp.StatusCode != 200 {
 		t.Errorf("got %d %s", resp.StatusCode, body)
 	}
@@ -750,7 +727,7 @@ func TestBodyMemoryIsGivenBack(t *testing.T) {
 	if after := held(); after < before+size {
 		t.Fatalf("the body of %d bytes took %d", size, int64(after)-int64(before))
 	}
-	eventually(t, "the memory is given back", func() bool { return held() < before+size/2 })
+	agenttest.Eventually(t, "the memory is given back", func() bool { return held() < before+size/2 })
 }
 
 // An answer that is held comes out of the same memory; where there is none left it
@@ -787,7 +764,7 @@ func TestHeldAnswerMemory(t *testing.T) {
 			<-half
 			if test.held {
 				// 16 KiB of it are free, and its buffer doubles.
-				eventually(t, "it is counted", func() bool { return test.left-b.memory.Load() == maxHeld-freeBuffer })
+				agenttest.Eventually(t, "it is counted", func() bool { return test.left-b.memory.Load() == maxHeld-freeBuffer })
 			}
 			close(die)
 			resp := <-got
@@ -798,7 +775,7 @@ func TestHeldAnswerMemory(t *testing.T) {
 			} else if resp.StatusCode != 200 || err != io.ErrUnexpectedEOF || len(body) < freeBuffer {
 				t.Errorf("got %d, %d bytes, %v", resp.StatusCode, len(body), err)
 			}
-			eventually(t, "the memory is free", func() bool { return b.memory.Load() == test.left })
+			agenttest.Eventually(t, "the memory is free", func() bool { return b.memory.Load() == test.left })
 		})
 	}
 }
@@ -878,6 +855,72 @@ func TestEngineFailures(t *testing.T) {
 			if (resp.Header.Get("Retry-After") != "") != (test.status == 503) {
 				t.Errorf("Retry-After is %q", resp.Header.Get("Retry-After"))
 			}
+		})
+	}
+}
+
+// What the engine's socket can say that is not HTTP, or more of it than there may be.
+func TestEngineBreaksHTTP(t *testing.T) {
+	const ok = "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+	long := `{"model":"chrysalis/demo","messages":[{"role":"user","content":"` + strings.Repeat("x", 1<<19) + `"}]}`
+	tests := []struct {
+		name   string
+		body   string
+		engine func(net.Conn)
+		status int
+		code   string
+	}{
+		{"nothing", hello, func(net.Conn) {}, 502, "engine_failed"},
+		{"no HTTP", hello, func(conn net.Conn) { io.WriteString(conn, "hello\r\n\r\n") }, 502, "engine_failed"},
+		{"half a header", hello, func(conn net.Conn) { io.WriteString(conn, ok) }, 502, "engine_failed"},
+		{"an endless header", hello, func(conn net.Conn) {
+			for _, err := io.WriteString(conn, ok); err == nil; {
+				_, err = io.WriteString(conn, "X: "+strings.Repeat("x", 1000)+"\r\n")
+			}
+		}, 502, "engine_failed"},
+		{"an interim answer", hello, func(conn net.Conn) {
+			io.WriteString(conn, "HTTP/1.1 103 Early Hints\r\n\r\n"+ok+"Content-Length: 2\r\n\r\n{}")
+		}, 502, "engine_failed"},
+		{"two lengths", hello, func(conn net.Conn) {
+			io.WriteString(conn, ok+"Content-Length: 2\r\nContent-Length: 3\r\n\r\n{}")
+		}, 502, "engine_failed"},
+		{"less than its length", hello, func(conn net.Conn) { io.WriteString(conn, ok+"Content-Length: 3\r\n\r\n{}") }, 502, "engine_failed"},
+		{"a bad chunk", hello, func(conn net.Conn) {
+			io.WriteString(conn, ok+"Transfer-Encoding: chunked\r\n\r\nxyz\r\n{}")
+		}, 502, "engine_failed"},
+		{"no length", hello, func(conn net.Conn) { io.WriteString(conn, ok+"\r\n{}") }, 200, ""},
+		{"a long body refused unread", long, func(conn net.Conn) {
+			io.WriteString(conn, "HTTP/1.1 400 Bad Request\r\nContent-Length: 2\r\n\r\n{}")
+		}, 400, "engine_refused"},
+		{"a long body not read", long, func(conn net.Conn) { time.Sleep(time.Second) }, 504, "engine_timeout"},
+	}
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			b := start(t, nil, nil, func(s *Server) { s.idle = 500 * time.Millisecond })
+			ln, err := net.Listen("unix", b.socket)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer ln.Close()
+			go func() {
+				conn, err := ln.Accept()
+				if err != nil {
+					return
+				}
+				defer conn.Close()
+				if test.body == hello {
+					http.ReadRequest(bufio.NewReader(conn))
+				}
+				test.engine(conn)
+			}()
+			resp, body := b.post(t, "/v1/chat/completions", test.body)
+			if test.status == http.StatusOK {
+				if resp.StatusCode != http.StatusOK || strings.TrimSpace(body) != "{}" {
+					t.Errorf("%s: %s", resp.Status, body)
+				}
+				return
+			}
+			wantError(t, resp, body, test.status, test.code)
 		})
 	}
 }
@@ -1033,7 +1076,7 @@ func TestClientHangsUp(t *testing.T) {
 				t.Fatal("the engine goes on")
 			}
 			<-done
-			eventually(t, "it is counted", func() bool { return b.counters.Cancelled.Load() == 1 && b.Active() == 0 })
+			agenttest.Eventually(t, "it is counted", func() bool { return b.counters.Cancelled.Load() == 1 && b.Active() == 0 })
 			if n := b.counters.EngineErrors.Load(); n != 0 {
 				t.Errorf("%d engine errors counted", n)
 			}
@@ -1052,7 +1095,7 @@ func TestBusy(t *testing.T) {
 	for range 4 {
 		wait.Go(func() { b.post(t, "/v1/chat/completions", hello) })
 	}
-	eventually(t, "all places and all turns are taken", func() bool {
+	agenttest.Eventually(t, "all places and all turns are taken", func() bool {
 		return b.Active() == 2 && b.counters.Active.Load() == 2 && b.queued() == 2
 	})
 	// Its body never comes, and it is refused all the same.
@@ -1089,7 +1132,7 @@ func TestNotReadyAndDraining(t *testing.T) {
 		resp, _ := b.post(t, "/v1/chat/completions", hello)
 		last <- resp.StatusCode
 	}()
-	eventually(t, "a request is in the engine", func() bool { return b.Active() == 1 })
+	agenttest.Eventually(t, "a request is in the engine", func() bool { return b.Active() == 1 })
 	b.Drain()
 	for _, req := range []*http.Request{
 		b.request(t, "POST", "/v1/chat/completions", hello),
@@ -1135,7 +1178,7 @@ func TestPanicIsContained(t *testing.T) {
 }
 
 func TestTransport(t *testing.T) {
-	b := start(t, nil, nil, func(s *Server) { s.http.ReadHeaderTimeout = 300 * time.Millisecond })
+	b := start(t, nil, nil, func(s *Server) { s.http.HeaderLimit = 300 * time.Millisecond })
 
 	t.Run("plain HTTP", func(t *testing.T) {
 		conn, err := net.Dial("tcp", b.address)
@@ -1217,7 +1260,7 @@ func TestConnectionLimit(t *testing.T) {
 	<-begun
 	idle := b.dial(t, "GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n")
 	readResponse(t, idle)
-	eventually(t, "it idles", func() bool { return b.bodies() == 0 })
+	agenttest.Eventually(t, "it idles", func() bool { return b.bodies() == 0 })
 	const spare = spareConnections // one has a place, one may queue, one idles
 	fill := func() (conns []net.Conn) {
 		for range spare {
@@ -1231,7 +1274,7 @@ func TestConnectionLimit(t *testing.T) {
 		return conns
 	}
 	silent := fill()
-	eventually(t, "all are in", func() bool { return b.counters.Connections.Load() == 2+spareConnections })
+	agenttest.Eventually(t, "all are in", func() bool { return b.counters.Connections.Load() == 2+spareConnections })
 	another := b.dial(t, "GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n")
 	if resp, _ := readResponse(t, another); resp.StatusCode != 200 {
 		t.Errorf("one that has something to ask got %d", resp.StatusCode)
@@ -1340,7 +1383,7 @@ func TestClientDoesNotRead(t *testing.T) {
 			conn := b.dial(t, postHead+fmt.Sprintf("Content-Length: %d\r\n\r\n", len(helloStream)))
 			conn.NetConn().(*net.TCPConn).SetReadBuffer(4 << 10) // so that little is enough to fill it
 			io.WriteString(conn, helloStream)
-			eventually(t, "it lost its place", func() bool { return b.counters.Cancelled.Load() == 1 && b.Active() == 0 })
+			agenttest.Eventually(t, "it lost its place", func() bool { return b.counters.Cancelled.Load() == 1 && b.Active() == 0 })
 		})
 	}
 }

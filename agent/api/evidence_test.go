@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"chrysalis/agent/agenttest"
 	"chrysalis/agent/proof"
 	"chrysalis/attest/evidence"
 	"chrysalis/manifest"
@@ -119,7 +120,7 @@ func TestEvidenceTakesNoPlace(t *testing.T) {
 			}
 		})
 	}
-	eventually(t, "all of them wait", func() bool { return waiting.Load() == 100 })
+	agenttest.Eventually(t, "all of them wait", func() bool { return waiting.Load() == 100 })
 	if resp, body := b.post(t, "/v1/chat/completions", hello); resp.StatusCode != 200 {
 		t.Errorf("a client beside them got %s: %s", resp.Status, body)
 	}

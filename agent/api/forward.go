@@ -1,19 +1,19 @@
 package api
 
 import (
+	"bufio"
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
+	"math"
 	"mime"
 	"net"
 	"net/http"
-	"strconv"
 	"strings"
 	"time"
 	"unicode/utf8"
-
-	"chrysalis/agent/port"
 )
 
 const (
@@ -23,47 +23,43 @@ const (
 	// one that there is no memory left to hold.
 	maxHeld    = 256 << 10
 	maxMessage = 1 << 10 // bytes of an engine's error message
+	readBuffer = 2 << 10 // bytes
 )
 
 // engineDown is a dial that failed: the engine is being restarted.
 type engineDown struct{ error }
 
-// engineTransport dials the engine whose index is the host's name.
-func engineTransport(dial func(context.Context, int) (net.Conn, error)) *http.Transport {
-	return &http.Transport{
-		DialContext: func(ctx context.Context, _, address string) (conn net.Conn, err error) {
-			// net/http dials on a goroutine of its own, where ServeHTTP contains nothing.
-			defer func() {
-				if recover() != nil {
-					conn, err = nil, errInternal
-				}
-			}()
-			host, _, _ := strings.Cut(address, ":")
-			model, err := strconv.Atoi(host)
-			if err != nil {
-				return nil, errInternal
-			}
-			if conn, err = dial(ctx, model); err != nil {
-				return nil, engineDown{err}
-			}
-			return conn, nil
-		},
-		// A new connection costs some 0.1 ms on a unix socket. A kept one costs one
-		// of the engine's few threads for as long as it idles, and fails a request
-		// that comes just when the engine closes it.
-		DisableKeepAlives:      true,
-		DisableCompression:     true,
-		MaxResponseHeaderBytes: maxHeader,
-		WriteBufferSize:        1 << 10, // a large body passes it by
-		ReadBufferSize:         2 << 10,
-		Protocols:              port.HTTP1(),
+// ask sends the engine a request of HTTP/1.1 (RFC 9112) over a connection of its own
+// and reads the header of its answer. Nothing of the client's header goes with it. The
+// answer ends where conn is closed; to close its body would be to read all of it.
+//
+// A kept connection would save some 0.1 ms, but costs one of the engine's few threads
+// for as long as it idles, and fails a request that comes just when the engine closes
+// it. http.Transport takes two goroutines more for each stream.
+func ask(conn net.Conn, req *request) (*http.Response, error) {
+	accept := "application/json"
+	if req.stream {
+		accept = "text/event-stream"
 	}
+	body, length := req.encode()
+	// All of it is from the agent's own tables. The address is the agent's matter.
+	head := fmt.Sprintf("%s %s HTTP/1.1\r\nHost: engine\r\nContent-Type: application/json\r\nAccept: %s\r\nContent-Length: %d\r\nConnection: close\r\n\r\n",
+		req.route.method, req.route.path, accept, length)
+	message := append(net.Buffers{[]byte(head)}, body...)
+	// An engine that refuses a long body answers and hangs up before it has read it.
+	_, unsent := message.WriteTo(conn)
+	header := &io.LimitedReader{R: conn, N: maxHeader}
+	resp, err := http.ReadResponse(bufio.NewReaderSize(header, readBuffer), nil)
+	if err != nil {
+		return nil, errors.Join(err, unsent)
+	}
+	header.N = math.MaxInt64 // engineReader bounds the rest
+	return resp, nil
 }
 
 // forward sends a request to the engine and its answer to the client.
 func (x *exchange) forward(req *request) error {
-	// Done when the client hangs up, which net/http notices although nobody reads:
-	// the body has been read to its end.
+	// Done when the client hangs up: the body has been read to its end.
 	ctx, stop := context.WithDeadlineCause(x.r.Context(), x.end, errTotal)
 	defer stop()
 	ctx, cancel := context.WithCancelCause(ctx)
@@ -71,25 +67,16 @@ func (x *exchange) forward(req *request) error {
 	idle := time.AfterFunc(x.s.idle, func() { cancel(errEngineSilent) })
 	defer idle.Stop()
 
-	body, length := req.encode()
-	out, err := http.NewRequestWithContext(ctx, req.route.method, "http://"+strconv.Itoa(x.s.engines[req.model])+req.route.path, io.NopCloser(&body))
+	conn, err := x.s.engine(ctx, x.s.engines[req.model])
 	if err != nil {
-		return errInternal
+		return x.why(ctx, engineDown{err})
 	}
-	out.Host = "engine" // the address is the agent's matter
-	out.ContentLength = length
-	// Nothing of the client's header. The empty one keeps net/http from naming
-	// itself.
-	out.Header = http.Header{"Content-Type": {"application/json"}, "Accept": {"application/json"}, "User-Agent": nil}
-	if req.stream {
-		out.Header.Set("Accept", "text/event-stream")
-	}
-	// Not a Client: no redirects, no cookies.
-	resp, err := x.s.engine.RoundTrip(out)
+	defer conn.Close()
+	defer context.AfterFunc(ctx, func() { conn.Close() })()
+	resp, err := ask(conn, req)
 	if err != nil {
 		return x.why(ctx, err)
 	}
-	defer resp.Body.Close()
 	src := &engineReader{body: resp.Body, idle: idle, limit: x.s.idle, left: maxAnswer}
 	kind, _, _ := mime.ParseMediaType(resp.Header.Get("Content-Type"))
 	switch {

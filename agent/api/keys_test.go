@@ -20,6 +20,7 @@ import (
 	"testing"
 	"time"
 
+	"chrysalis/agent/agenttest"
 	"chrysalis/agent/port"
 	"chrysalis/attest/evidence"
 	"chrysalis/ci/leak"
@@ -67,6 +68,10 @@ func (c spooledConn) Read(p []byte) (int, error) {
 	return n, err
 }
 
+func (c spooledConn) SyscallConn() (syscall.RawConn, error) {
+	return c.Conn.(syscall.Conn).SyscallConn()
+}
+
 func (c spooledConn) Write(p []byte) (int, error) {
 	c.spool.Write(p)
 	return c.Conn.Write(p)
@@ -80,7 +85,7 @@ func TestKeysStayInside(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	certificate := testCertificate()
+	certificate := agenttest.Certificate()
 	tlsKey := certificate.PrivateKey.(*ecdsa.PrivateKey)
 	scalar, err := tlsKey.Bytes()
 	if err != nil {
@@ -148,7 +153,7 @@ func TestKeysStayInside(t *testing.T) {
 			panic(fmt.Sprintf("a bug that speaks of %v", certificate)) // a panic's text goes nowhere
 		},
 	})
-	if s.tls.KeyLogWriter != nil {
+	if s.http.TLS.KeyLogWriter != nil {
 		t.Error("the secrets of TLS connections are logged")
 	}
 	inner, err := net.Listen("tcp", "127.0.0.1:0")

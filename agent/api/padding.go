@@ -28,6 +28,29 @@ const (
 // tick is how often events go out.
 const tick = 20 * time.Millisecond
 
+// ticks are the times at which the events of one stream go out. Nothing runs while
+// none waits for one: hundreds of streams would have the processor do little else.
+type ticks struct {
+	begin time.Time
+	every time.Duration
+	timer *time.Timer
+}
+
+func newTicks(every time.Duration) *ticks {
+	t := &ticks{begin: time.Now(), every: every, timer: time.NewTimer(every)}
+	t.timer.Stop()
+	return t
+}
+
+// next returns a channel that receives at the next tick, and only then. It is the same
+// one each time.
+func (t *ticks) next() <-chan time.Time {
+	t.timer.Reset(t.every - time.Since(t.begin)%t.every)
+	return t.timer.C
+}
+
+func (t *ticks) stop() { t.timer.Stop() }
+
 // maxTick bounds the events of one tick, in bytes but for the last event. An engine
 // that makes more waits for the next one.
 const maxTick = 64 << 10
@@ -147,13 +170,14 @@ func (x *exchange) relayEvents(r io.Reader, req *request, cancel func()) error {
 		cancel()
 		<-src.done
 	}()
-	ticks := time.NewTicker(x.s.tick)
-	defer ticks.Stop()
+	ticks := newTicks(x.s.tick)
+	defer ticks.stop()
 	var out []byte
+	var due <-chan time.Time // nil while nothing is to go out
 	flush := func() error {
 		x.receipt.response.Write(out)
 		err := x.writeEvents(out)
-		out = out[:0]
+		out, due = out[:0], nil
 		return err
 	}
 	for {
@@ -162,7 +186,7 @@ func (x *exchange) relayEvents(r io.Reader, req *request, cancel func()) error {
 			events = nil
 		}
 		select {
-		case <-ticks.C:
+		case <-due:
 			if err := flush(); err != nil {
 				return err
 			}
@@ -171,7 +195,7 @@ func (x *exchange) relayEvents(r io.Reader, req *request, cancel func()) error {
 			switch {
 			case done:
 				x.settle(true)
-				return x.endEvents(x.padding.event(out, event), ticks.C)
+				return x.endEvents(x.padding.event(out, event), ticks)
 			// The engine reports a failure halfway as an event of its own.
 			case bytes.HasPrefix(event, []byte(`{"error":`)):
 				if err := x.writeEvents(out); err != nil {
@@ -182,7 +206,7 @@ func (x *exchange) relayEvents(r io.Reader, req *request, cancel func()) error {
 			e := pay.ReadEvent(event)
 			if x.bill != nil && !x.bill.Send(e.Text) {
 				// What is covered goes out before the wait for more.
-				<-ticks.C
+				<-ticks.next()
 				if err := flush(); err != nil {
 					return err
 				}
@@ -194,12 +218,15 @@ func (x *exchange) relayEvents(r io.Reader, req *request, cancel func()) error {
 				case !ok:
 					x.s.counters.count(errCutOff)
 					x.settle(false)
-					return x.endEvents(x.padding.event(out, errCutOff.body()), ticks.C)
+					return x.endEvents(x.padding.event(out, errCutOff.body()), ticks)
 				}
 			}
 			x.receipt.counts.add(e)
 			if !e.OnlyUsage || req.usage {
 				out = x.padding.event(out, event)
+				if due == nil {
+					due = ticks.next()
+				}
 			}
 			src.resume <- struct{}{}
 		case <-src.done:
@@ -215,7 +242,7 @@ func (x *exchange) relayEvents(r io.Reader, req *request, cancel func()) error {
 }
 
 // endEvents writes the last events of a stream, and its receipt, on the next tick.
-func (x *exchange) endEvents(out []byte, tick <-chan time.Time) error {
+func (x *exchange) endEvents(out []byte, ticks *ticks) error {
 	x.receipt.response.Write(out)
 	signed, err := x.s.sign(x.receipt)
 	if err != nil {
@@ -223,7 +250,7 @@ func (x *exchange) endEvents(out []byte, tick <-chan time.Time) error {
 	}
 	x.setTrailer(signed)
 	out = x.padding.receipt(out, signed, x.receiptSize())
-	<-tick
+	<-ticks.next()
 	return x.writeEvents(out)
 }
 

@@ -19,6 +19,7 @@ import (
 	"testing"
 	"time"
 
+	"chrysalis/agent/agenttest"
 	"chrysalis/agent/api"
 	"chrysalis/agent/api/apitest"
 	"chrysalis/attest/receipt"
@@ -195,16 +196,6 @@ func (w *worker) receipt(resp *http.Response) *receipt.Payment {
 	return r.Payment
 }
 
-func eventually(t testing.TB, what string, ok func() bool) {
-	t.Helper()
-	for end := time.Now().Add(5 * time.Second); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
-		if ok() {
-			return
-		}
-	}
-	t.Errorf("not within 5 s: %s", what)
-}
-
 // TestPaid follows a client from its first request, on a channel that nobody knew,
 // through kinds of answers. Each is charged by the engine's figures, its receipt says
 // so, and the launcher is told.
@@ -261,7 +252,7 @@ func TestPaid(t *testing.T) {
 		})
 	}
 	w.TB = t
-	eventually(t, "all is told", func() bool {
+	agenttest.Eventually(t, "all is told", func() bool {
 		var earned, prompt, requests uint64
 		var vouchers []string
 		for _, b := range till.Balances() {
@@ -407,7 +398,7 @@ func TestUnpaidBeforeBody(t *testing.T) {
 		}
 	}()
 	go hold.Write(make([]byte, 1<<20))
-	eventually(t, "the channel is wanted", func() bool {
+	agenttest.Eventually(t, "the channel is wanted", func() bool {
 		return len(w.control(guest.ControlRequest{Op: guest.OpCollect}).Wanted) == 1
 	})
 	if n := w.HeldMemory(); n != 0 {
@@ -657,7 +648,7 @@ func TestCutOff(t *testing.T) {
 	if w.Counters.Unpaid.Load() != 1 || w.Counters.EngineErrors.Load() != 0 || w.Counters.Cancelled.Load() != 0 {
 		t.Errorf("%d unpaid", w.Counters.Unpaid.Load())
 	}
-	eventually(t, "no place is held", func() bool { return w.Active() == 0 })
+	agenttest.Eventually(t, "no place is held", func() bool { return w.Active() == 0 })
 
 	if t.Failed() {
 		return // what follows would go on until the VM's time limit
@@ -777,14 +768,14 @@ func TestLeftEarly(t *testing.T) {
 			}
 			cancel()
 			<-done
-			eventually(t, "no place is held", func() bool { return w.Active() == 0 && w.Counters.Cancelled.Load() == 1 })
+			agenttest.Eventually(t, "no place is held", func() bool { return w.Active() == 0 && w.Counters.Cancelled.Load() == 1 })
 			if used, _ := w.credit(p); used != pay.FormatAmount(want.Earned) {
 				t.Errorf("%s used, not %d", used, want.Earned)
 			}
 			if !stream {
 				return
 			}
-			eventually(t, "it is told", func() bool {
+			agenttest.Eventually(t, "it is told", func() bool {
 				return slices.ContainsFunc(till.Balances(), func(b guest.Balance) bool {
 					return len(b.Uses) == 1 && b.Uses[0] == guest.Use{Model: 0, Requests: 1, PromptTokens: want.PromptTokens, CompletionTokens: sent, Earned: want.Earned}
 				})
@@ -818,7 +809,7 @@ func TestTimeLimit(t *testing.T) {
 	if err == nil || !bytes.Contains(got, []byte("time_limit")) {
 		t.Errorf("%v: %s", err, got)
 	}
-	eventually(t, "no place is held", func() bool { return w.Active() == 0 })
+	agenttest.Eventually(t, "no place is held", func() bool { return w.Active() == 0 })
 	if used, _ := w.credit(p); used != strconv.Itoa(len(body)/8+3*5) {
 		t.Errorf("%s used", used)
 	}
@@ -1013,7 +1004,7 @@ func TestRestart(t *testing.T) {
 	if resp, _ := w.do(w.request("POST", path, "", w.proof(p, step)...)); resp.StatusCode != 402 {
 		t.Error("an older voucher is taken")
 	}
-	eventually(t, "what is new is told, and nothing else", func() bool {
+	agenttest.Eventually(t, "what is new is told, and nothing else", func() bool {
 		list := till.Balances()
 		return len(list) == 1 && list[0].Voucher == "" && len(list[0].Uses) == 1 && list[0].Uses[0].Earned == used
 	})
@@ -1048,7 +1039,7 @@ func TestDrain(t *testing.T) {
 	if r := w.receipt(resp); r.Charged != "15" || r.Cover != pay.FormatAmount(3*small) {
 		t.Errorf("%+v", r)
 	}
-	eventually(t, "it is told", func() bool {
+	agenttest.Eventually(t, "it is told", func() bool {
 		last := till.Balances()
 		return len(last) > 0 && len(last[len(last)-1].Uses) == 1 && last[len(last)-1].Uses[0].Earned == 15
 	})
@@ -1137,7 +1128,7 @@ func TestPayersTakeTurns(t *testing.T) {
 				t.Errorf("%d %s", resp.StatusCode, got)
 			}
 		}()
-		eventually(t, name+" waits", func() bool { return w.Active() == 2 && w.Queued() == waiting || waiting < 0 })
+		agenttest.Eventually(t, name+" waits", func() bool { return w.Active() == 2 && w.Queued() == waiting || waiting < 0 })
 	}
 	send(a, "a", -1)
 	send(a, "a", 0)
@@ -1209,7 +1200,7 @@ func TestWantedNoise(t *testing.T) {
 			}
 		}()
 	}
-	eventually(t, "many are wanted", func() bool {
+	agenttest.Eventually(t, "many are wanted", func() bool {
 		reply, err := w.Ask(guest.ControlRequest{Op: guest.OpCollect})
 		return err == nil && len(reply.Wanted) == guest.MaxWanted
 	})
@@ -1261,7 +1252,7 @@ func TestPaymentSecrets(t *testing.T) {
 	p := newPayer(1)
 	till := w.open(p.admission(10 * step))
 	w.do(w.request("POST", chat, ask, w.proof(p, step)...))
-	eventually(t, "it is told", func() bool { return len(till.Balances()) > 1 })
+	agenttest.Eventually(t, "it is told", func() bool { return len(till.Balances()) > 1 })
 	told, err := json.Marshal(till.Balances())
 	if err != nil {
 		t.Fatal(err)

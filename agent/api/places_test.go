@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"chrysalis/agent/agenttest"
 	"chrysalis/manifest"
 )
 
@@ -263,7 +264,7 @@ func TestFairness(t *testing.T) {
 			}
 		})
 	}
-	eventually(t, "the queue is full", func() bool { return b.queued() == 2 })
+	agenttest.Eventually(t, "the queue is full", func() bool { return b.queued() == 2 })
 	for i := range 20 {
 		if status, err := ask(ctx, modest); status != 200 || err != nil {
 			t.Errorf("request %d of the modest client: %d, %v", i, status, err)

@@ -135,7 +135,7 @@ func (x *exchange) startReceipt() {
 	h["Trailer"] = []string{receipt.Trailer, paddingTrailer}
 }
 
-// setTrailer puts a receipt where net/http sends it when the exchange ends.
+// setTrailer puts a receipt where it is sent when the exchange ends.
 func (x *exchange) setTrailer(signed []byte) {
 	x.w.Header().Set(receipt.Trailer, string(signed))
 	x.w.Header().Set(paddingTrailer, strings.Repeat("-", 1+max(0, x.receiptSize()-len(signed))))

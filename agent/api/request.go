@@ -184,8 +184,6 @@ var errGone = errors.New("the client has gone")
 // time of its own, because the manifest's are about what the engine may take.
 func (x *exchange) readBody() ([]byte, error) {
 	limit := x.s.limits.BodyBytes
-	// MaxBytesReader also makes net/http close the connection instead of reading
-	// the rest.
 	src := http.MaxBytesReader(x.w, x.r.Body, limit)
 	most := limit
 	if x.r.ContentLength >= 0 {
@@ -208,9 +206,6 @@ func (x *exchange) readBody() ([]byte, error) {
 		switch {
 		case err == nil:
 		case err == io.EOF:
-			// net/http keeps reading, to notice that the client hangs up: not under
-			// the body's deadline.
-			x.rc.SetReadDeadline(time.Time{})
 			return buf, nil
 		case errors.As(err, &tooLarge):
 			return nil, errTooLarge

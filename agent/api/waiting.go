@@ -54,13 +54,7 @@ func (w *waiting) closeOne() {
 	}
 	delete(w.since, conn)
 	w.mu.Unlock()
-	if t, ok := conn.(interface{ NetConn() net.Conn }); ok {
-		conn = t.NetConn() // TLS would take up to 5 s to say goodbye
-	}
 	if conn != nil {
 		conn.Close()
 	}
 }
-
-// connKey is where a request's context holds its connection.
-type connKey struct{}

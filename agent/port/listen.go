@@ -9,10 +9,12 @@
 package port
 
 import (
+	"errors"
 	"net"
 	"net/http"
 	"sync"
 	"sync/atomic"
+	"syscall"
 
 	"chrysalis/guest"
 )
@@ -94,6 +96,15 @@ func (c *boundConn) Write(p []byte) (int, error) {
 			return written, err
 		}
 	}
+}
+
+// SyscallConn implements syscall.Conn, for who wants to know whether there is
+// something to read.
+func (c *boundConn) SyscallConn() (syscall.RawConn, error) {
+	if below, ok := c.Conn.(syscall.Conn); ok {
+		return below.SyscallConn()
+	}
+	return nil, errors.ErrUnsupported
 }
 
 func (c *boundConn) Close() error {

@@ -20,24 +20,14 @@ import (
 	"testing"
 	"time"
 
+	"chrysalis/agent/agenttest"
 	"chrysalis/guest"
 )
-
-func eventually(t testing.TB, what string, ok func() bool) {
-	t.Helper()
-	for end := time.Now().Add(5 * time.Second); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
-		if ok() {
-			return
-		}
-	}
-	stacks := make([]byte, 64<<10)
-	t.Errorf("not within 5 s: %s\n%s", what, stacks[:runtime.Stack(stacks, true)])
-}
 
 func noGoroutineLeft(t testing.TB) {
 	before := runtime.NumGoroutine()
 	t.Cleanup(func() {
-		eventually(t, "no goroutine is left", func() bool { return runtime.NumGoroutine() <= before })
+		agenttest.Eventually(t, "no goroutine is left", func() bool { return runtime.NumGoroutine() <= before })
 	})
 }
 
@@ -206,7 +196,7 @@ func TestStatusConnectionLimit(t *testing.T) {
 		t.Errorf("one too many got %v", err)
 	}
 	conns[0].Close()
-	eventually(t, "there is room again", func() bool {
+	agenttest.Eventually(t, "there is room again", func() bool {
 		resp, err := b.client.Get("http://vm/status")
 		if err == nil {
 			resp.Body.Close()
@@ -506,7 +496,7 @@ func TestControl(t *testing.T) {
 			}
 		})
 	}
-	eventually(t, "stop was carried out after each reply", func() bool { return stopped.Load() == 2 })
+	agenttest.Eventually(t, "stop was carried out after each reply", func() bool { return stopped.Load() == 2 })
 }
 
 func TestControlPeers(t *testing.T) {
@@ -571,7 +561,7 @@ func TestControlPanics(t *testing.T) {
 					t.Fatalf("got %q, %v", reply, err)
 				}
 			}
-			eventually(t, "all are counted", func() bool { return Bugs.Load()-before == controlConnections+1 })
+			agenttest.Eventually(t, "all are counted", func() bool { return Bugs.Load()-before == controlConnections+1 })
 		})
 	}
 }

@@ -46,20 +46,19 @@ type Process struct {
 
 // Report is what the load did.
 type Report struct {
-	Samples []Sample // before, at the start, in the middle, at the end, and after
-	// Added is what relay, TLS and agent add to when the engine sent an event,
-	// queueing included for the first one.
-	First, Added Latencies
-	Streams      int64
-	Events       int64
-	Refused      int64   // 429
-	Without      int64   // 429 without Retry-After
-	Failed       int64   // anything else
-	Why          string  // the first that failed
-	Shares       []int64 // streams by modest client
-	GreedyShare  int64   // of the greedy one
-	IdleAlive    int     // idle clients connected at the end
-	IdleAgain    int64   // times that one had to connect again
+	Samples     []Sample  // before, at the start, in the middle, at the end, and after
+	First       Latencies // from the request to the first event, less what the engine took: the queue
+	Added       Latencies // how much later an event came than the promptest of its stream
+	Streams     int64
+	Events      int64
+	Refused     int64   // 429
+	Without     int64   // 429 without Retry-After
+	Failed      int64   // anything else
+	Why         string  // the first that failed
+	Shares      []int64 // streams by modest client
+	GreedyShare int64   // of the greedy one
+	IdleAlive   int     // idle clients connected at the end
+	IdleAgain   int64   // times that one had to connect again
 }
 
 // Latencies counts durations in buckets 10 % apart.
@@ -225,14 +224,15 @@ func Run(ctx context.Context, c Config) (*Report, error) {
 			return
 		}
 		for !ending.Load() {
-			status, retry, err := c.stream(working, by, token, func(i int, late time.Duration) {
-				atomic.AddInt64(&r.Events, 1)
-				if i == 0 {
-					r.First.add(late)
-				} else {
-					r.Added.add(late)
+			var late []time.Duration
+			status, retry, err := c.stream(working, by, token, func(_ int, by time.Duration) { late = append(late, by) })
+			if len(late) > 0 {
+				atomic.AddInt64(&r.Events, int64(len(late)))
+				r.First.add(late[0])
+				for least, i := slices.Min(late), 0; i < len(late); i++ {
+					r.Added.add(late[i] - least)
 				}
-			})
+			}
 			wait := time.Duration(0)
 			switch {
 			case working.Err() != nil:
@@ -358,8 +358,8 @@ func (r *Report) String() string {
 	ms := func(l *Latencies) string {
 		return fmt.Sprintf("%.1f ms, %.1f ms", l.At(0.5).Seconds()*1000, l.At(0.99).Seconds()*1000)
 	}
-	row("added to an event, p50, p99", "%s", ms(&r.Added))
-	row("added to the first event, the queue included, p50, p99", "%s", ms(&r.First))
+	row("added to a stream's first event, the queue included, p50, p99", "%s", ms(&r.First))
+	row("added to an event beyond the promptest of its stream, p50, p99", "%s", ms(&r.Added))
 	each("agent's resident memory, MB", func(s Sample) any { return fmt.Sprintf("%.1f", float64(s.Agent.RSS)*1024/1e6) })
 	row("agent's resident memory, peak", "%.1f MB", float64(r.Samples[len(r.Samples)-1].Agent.Peak)*1024/1e6)
 	each("agent's goroutines", func(s Sample) any { return s.Agent.Goroutines })

@@ -34,6 +34,12 @@ type mutant struct {
 }
 
 var mutants = []mutant{
+	{"a request's header has names that are names", "agent/http1/request.go",
+		"name == \"\" || strings.Trim(name, tokenBytes) != \"\"", "name == \"\"", "agent/http1", "TestAsNetHTTP"},
+	{"TLS is read by the record, so that nothing waits unseen", "agent/http1/server.go",
+		"tls.Server(&records{Conn: c.net}, c.s.TLS)", "tls.Server(c.net, c.s.TLS)", "agent/http1", "TestRecordWithTwoRequests"},
+	{"a client that asks for more has not left", "agent/http1/wait.go",
+		"return poll(fd)&^unix.POLLIN != 0", "return poll(fd) != 0", "agent/http1", "TestAskingMoreIsNotLeaving"},
 	{"a disk's fragment is written before the disk has its name", "verity/disk/output_linux.go",
 		"\t\tif err := writeFragment(p.file.path, p.o.Fragment(d)); err != nil {\n\t\t\treturn err\n\t\t}\n\t}\n\treturn p.file.commit()",
 		"\t\tif err := p.file.commit(); err != nil {\n\t\t\treturn err\n\t\t}\n\t\treturn writeFragment(p.file.path, p.o.Fragment(d))\n\t}\n\treturn p.file.commit()",

@@ -45,13 +45,14 @@ func TestCrowd(t *testing.T) {
 		Model: "chrysalis/demo", Tokens: tokens, Sample: h.sample,
 		Idle: 100, Active: 20, Greedy: 40, Events: 10, Pause: 500 * time.Millisecond, For: time.Minute,
 	}
-	places := 24
+	places, idle := 24, 5
 	if text := os.Getenv("CHRYSALIS_SOAK"); text != "" { // make soak
 		var err error
 		if c.For, err = time.ParseDuration(text); err != nil {
 			t.Fatal(err)
 		}
-		c.Idle, c.Active, c.Greedy, c.Events, places = 1000, 200, 50, 20, 200
+		// As many events as an emulated processor has the time for.
+		c.Idle, c.Active, c.Greedy, c.Pause, places, idle = 1000, 200, 50, 2*time.Second, 200, 20
 	}
 	engine := testEngine(t, "crowd")
 	file := writeManifest(t, engine, demo, func(data []byte) []byte {
@@ -59,7 +60,7 @@ func TestCrowd(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		m.Limits.Concurrency, m.Limits.IdleSeconds = places, 5
+		m.Limits.Concurrency, m.Limits.IdleSeconds = places, idle
 		m.Tokens = hashes
 		if data, err = m.Encode(); err != nil {
 			t.Fatal(err)

@@ -70,6 +70,7 @@ func attackOutcomes(wide bool) map[string]string {
 		"entries of /run":                "engine",
 		"the way up":                     "nothing",
 		"network interfaces":             "lo",
+		"huge pages":                     "allowed",
 		"where a file can be made":       "/tmp",
 		"file in the door":               "EACCES",
 		"folder in the door":             "EACCES",

@@ -89,6 +89,7 @@ var attacks = func() []attack {
 		{"entries of /run", entries("/run")},
 		{"the way up", wayUp},
 		{"network interfaces", interfaces},
+		{"huge pages", hugePages},
 		{"where a file can be made", writable},
 		{"socket families but AF_UNIX", families},
 
@@ -266,6 +267,15 @@ func wayUp() string {
 		return "there is something above the root"
 	}
 	return "nothing"
+}
+
+// hugePages says whether its memory may have them, which the agent's may not.
+func hugePages() string {
+	disabled, err := unix.PrctlRetInt(unix.PR_GET_THP_DISABLE, 0, 0, 0, 0)
+	if err == nil && disabled == 0 {
+		return "allowed"
+	}
+	return fmt.Sprintf("disabled: %d, %v", disabled, err)
 }
 
 // interfaces asks a unix socket, which knows its network namespace, for names.
