@@ -326,7 +326,7 @@ func (c change) run(t *testing.T) {
 		if time.Since(looked) < 15*time.Second {
 			return false
 		}
-		returned := bytes.Contains(firmwareLog(vm.memory(1<<30)), []byte("Returning from EFI Application"))
+		returned := bytes.Contains(firmwareLog(vm.memory(int64(shape.Memory))), []byte("Returning from EFI Application"))
 		vm.execute("cont", nil)
 		looked = time.Now()
 		return returned
@@ -334,7 +334,7 @@ func (c change) run(t *testing.T) {
 	if c.returns {
 		time.Sleep(20 * time.Second) // until the firmware has tried everything and waits
 	}
-	log := firmwareLog(vm.memory(1 << 30))
+	log := firmwareLog(vm.memory(int64(shape.Memory)))
 	x, text := h.explain(p, log, 1)
 	t.Log(text)
 	if len(x.Causes) == 0 || !strings.Contains(x.Causes[0].What, c.cause) {
