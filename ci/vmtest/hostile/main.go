@@ -34,7 +34,7 @@ func main() {
 	os.Exit(1)
 }
 
-// obey carries out an order: "attack", "exhaust NAME" or "answer NAME".
+// obey carries out an order: "attack", "exhaust NAME", "answer NAME" or "exit".
 func obey(w http.ResponseWriter, r *http.Request) {
 	var request struct{ Messages []struct{ Content string } }
 	if err := json.NewDecoder(io.LimitReader(r.Body, 1<<20)).Decode(&request); err != nil || len(request.Messages) == 0 {
@@ -66,6 +66,8 @@ func obey(w http.ResponseWriter, r *http.Request) {
 		}
 		defer conn.Close()
 		answer(conn, name)
+	case "exit":
+		os.Exit(1)
 	default:
 		say(w, "hello")
 	}
