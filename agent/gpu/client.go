@@ -127,6 +127,14 @@ func (c *Client) Call(ctx context.Context, r protocol.Request) (*protocol.Answer
 	select {
 	case err := <-written:
 		if err != nil {
+			// The reader may have killed it, and has said why before it did.
+			select {
+			case l := <-c.lines:
+				if l.code != "" {
+					return fail(l.code, "")
+				}
+			default:
+			}
 			return fail(protocol.CodeDied, "it takes no request")
 		}
 	case <-ctx.Done():

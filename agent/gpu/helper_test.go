@@ -3,6 +3,7 @@ package gpu_test
 import (
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -363,6 +364,20 @@ func TestHelperMisbehaves(t *testing.T) {
 			wantCode(t, inventory(c, t), test.code)
 		})
 	}
+	t.Run("a gigabyte before the request", func(t *testing.T) {
+		in, flooded := io.Pipe()
+		over := make(chan struct{})
+		kill := sync.OnceFunc(func() { flooded.Close(); close(over) })
+		_, request, err := os.Pipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		c := gpu.NewClient(request, in, kill, time.Minute)
+		flooded.Write(make([]byte, protocol.MaxAnswer))
+		<-over
+		request.Close() // as after its death nothing can be written
+		wantCode(t, inventory(c, t), protocol.CodeFlood)
+	})
 	t.Run("does not read", func(t *testing.T) {
 		// The pipe takes some; the rest must not wait for ever.
 		c := client(t, exec.Command("sh", "-c", "exec sleep 60"), 300*time.Millisecond)
