@@ -26,7 +26,7 @@ deps:
 	@ci/install-deps build
 
 test-deps:
-	@ci/install-deps build test
+	@ci/install-deps build test repro
 
 # Go decides what is up to date.
 .PHONY: $(chrysalis)
@@ -62,7 +62,8 @@ soak: test-deps test-images
 contract: test-deps
 	@ci/contract write
 
-repro: deps
+repro:
+	@ci/install-deps build repro
 	@ci/repro
 
 bench: image
