@@ -140,7 +140,7 @@ func startQEMU(t *testing.T, argv []string, binds ...toolsroot.Bind) *diskVM {
 		return cmd
 	}
 	start(toolsroot.Command{
-		Args: []string{"swtpm", "socket", "--tpm2", "--tpmstate", "dir=/vm/tpm", "--ctrl", "type=unixio,path=/vm/io/tpm.sock"},
+		Args: []string{"swtpm", "socket", "--tpm2", "--tpmstate", "dir=/vm/tpm", "--ctrl", "type=unixio,path=/vm/io/tpm.sock", "--log", "file=/vm/io/swtpm.log"},
 		Bind: []toolsroot.Bind{tpm, shared}, Offline: true,
 	})
 	start(toolsroot.Command{

@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -88,9 +89,11 @@ func TestUnexpectedDevices(t *testing.T) {
 	if reason != string(guest.ReasonDevice) {
 		t.Errorf("the VM gave the reason %q, expected %q", reason, guest.ReasonDevice)
 	}
+	// The kernel may write its lines in the midst of the agent's.
+	agents := regexp.MustCompile(`\[ *\d+\.\d{6}\] [^\n]*\n`).ReplaceAllString(console, "")
 	for _, d := range devices {
 		t.Run(d.name, func(t *testing.T) {
-			for line := range strings.Lines(console) {
+			for line := range strings.Lines(agents) {
 				if !strings.Contains(line, d.id) || !strings.Contains(line, "is not one that a VM may have") {
 					continue
 				}
