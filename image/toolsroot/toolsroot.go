@@ -147,7 +147,9 @@ func (r *Root) Cmd(ctx context.Context, c Command) *exec.Cmd {
 	cmd := exec.CommandContext(ctx, "bwrap", append(args, c.Args...)...)
 	// A group of its own, so that an interrupt at the terminal reaches us first
 	// and a cancelled context ends the whole tree.
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	// What --die-with-parent does from when bwrap asks for it, this does from the
+	// start.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
 	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
 	return cmd
 }
