@@ -143,7 +143,7 @@ func TestLies(t *testing.T) {
 			_, owner := deploy(t, n)
 			alone := *n
 			alone.network.Liteservers = n.network.Liteservers[:1]
-			options := lite.Options{Timeout: 300 * time.Millisecond, Memory: lite.NewMemory()}
+			options := lite.Options{Memory: lite.NewMemory()}
 			victim := alone.client(t, options)
 			honest, view, err := read(t.Context(), victim, owner)
 			if err != nil {
@@ -155,6 +155,11 @@ func TestLies(t *testing.T) {
 			}
 			if err := n.servers[0].Lie(lie); err != nil {
 				t.Fatal(err)
+			}
+			if lie == devnet.Stalled || lie == devnet.Slow {
+				impatient := options // and has seen the same
+				impatient.Timeout = 300 * time.Millisecond
+				victim = alone.client(t, impatient)
 			}
 
 			a, view, err := read(t.Context(), victim, owner)
