@@ -266,26 +266,33 @@ func TestRemembers(t *testing.T) {
 	s.last(t, 7, 0, "too long")
 }
 
-// waitIdle waits until the chat's messages stand still.
+// count is how many texts the chat's messages have had.
+func (s *telegram) count(chat int) (n int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, m := range s.messages {
+		if m.Chat == fmt.Sprint(chat) {
+			n += len(m.Texts)
+		}
+	}
+	return n
+}
+
+// standStill waits until the chat's messages stay as they are for a while.
+func (s *telegram) standStill(chat int) {
+	for n := -1; n != s.count(chat); time.Sleep(100 * time.Millisecond) {
+		n = s.count(chat)
+	}
+}
+
+// waitIdle waits until something comes and the chat's messages stand still.
 func (s *telegram) waitIdle(t *testing.T, chat int) {
 	t.Helper()
-	count := func() (n int) {
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		for _, m := range s.messages {
-			if m.Chat == fmt.Sprint(chat) {
-				n += len(m.Texts)
-			}
-		}
-		return n
-	}
-	before := count()
-	for end := time.Now().Add(20 * time.Second); count() == before && time.Now().Before(end); {
+	before := s.count(chat)
+	for end := time.Now().Add(20 * time.Second); s.count(chat) == before && time.Now().Before(end); {
 		time.Sleep(10 * time.Millisecond)
 	}
-	for n := -1; n != count(); time.Sleep(100 * time.Millisecond) {
-		n = count()
-	}
+	s.standStill(chat)
 }
 
 func TestGroups(t *testing.T) {
@@ -405,18 +412,21 @@ func TestLongAnswers(t *testing.T) {
 				return nil
 			}}})
 			s.say(message{chat: 5, user: 5, text: "tell"})
-			s.waitIdle(t, 5)
-			s.say(message{chat: 5, user: 6, text: "/help", entities: `[{"type":"bot_command","offset":0,"length":5}]`})
-			s.mu.Lock()
-			defer s.mu.Unlock()
-			var all strings.Builder
-			for _, m := range s.messages {
-				if !strings.Contains(m.Texts[0], "Telegram") {
+			said := func() string {
+				s.mu.Lock()
+				defer s.mu.Unlock()
+				var all strings.Builder
+				for _, m := range s.messages {
 					all.WriteString(m.Texts[len(m.Texts)-1])
 				}
+				return all.String()
 			}
-			if all.String() != answer {
-				t.Errorf("%d bytes came of %d", all.Len(), len(answer))
+			for end := time.Now().Add(20 * time.Second); said() != answer && time.Now().Before(end); {
+				time.Sleep(5 * time.Millisecond)
+			}
+			s.standStill(5) // no more comes
+			if got := said(); got != answer {
+				t.Errorf("%d bytes came of %d", len(got), len(answer))
 			}
 		})
 	}
