@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"errors"
-	"net"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -118,20 +117,18 @@ func TestUpInterrupted(t *testing.T) {
 // while the first is starting.
 func TestUpConflictsAndDown(t *testing.T) {
 	o := vmOptions(t)
-	free, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	o.Listen = free.Addr().String()
-	free.Close()
 	first := make(chan error, 1)
 	go func() { _, err := Up(t.Context(), o, nil); first <- err }()
 	waitQEMU(t, o)
 	if _, err := Up(t.Context(), o, nil); err == nil || !strings.Contains(err.Error(), "is at work") {
 		t.Errorf("a second up: %v", err)
 	}
+	states, err := Status(t.Context(), o.StateDir, o.Name)
+	if err != nil || len(states) != 1 {
+		t.Fatalf("%+v, %v", states, err)
+	}
 	other := o
-	other.Name = "other"
+	other.Name, other.Listen = "other", states[0].Listen
 	if _, err := Up(t.Context(), other, nil); err == nil || !strings.Contains(err.Error(), `in use by the VM "test"`) {
 		t.Errorf("the same address: %v", err)
 	}
