@@ -13,7 +13,9 @@ import (
 	"math/big"
 	"net"
 	"slices"
+	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/xssnick/tonutils-go/liteclient"
@@ -37,6 +39,17 @@ type Server struct {
 
 // Serve starts a liteserver. Its key follows from the chain and its address.
 func (c *Chain) Serve(address string) (*Server, error) {
+	_, port, _ := net.SplitHostPort(address)
+	for tries := 1; ; tries++ {
+		s, err := c.serve(address)
+		// A port that was chosen here may be taken by another process before it is listened on.
+		if port != "0" || tries == 10 || !errors.Is(err, syscall.EADDRINUSE) {
+			return s, err
+		}
+	}
+}
+
+func (c *Chain) serve(address string) (*Server, error) {
 	// The library listens and never says where, so a port is chosen here.
 	probe, err := net.Listen("tcp", address)
 	if err != nil {
@@ -52,21 +65,25 @@ func (c *Chain) Serve(address string) (*Server, error) {
 	s := &Server{chain: c, key: ed25519.NewKeyFromSeed(seed[:]), addr: addr}
 	s.server = liteclient.NewServer([]ed25519.PrivateKey{s.key})
 	s.server.SetQueryHandler(s.handle)
+	accepted := make(chan struct{})
+	first := sync.OnceFunc(func() { close(accepted) })
+	s.server.SetConnectionHook(func(*liteclient.ServerClient) error { first(); return nil })
 	failed := make(chan error, 1)
 	go func() { failed <- s.server.Listen(addr.String()) }()
-	// Until it accepts connections.
-	for range 200 {
+	// Until it accepts connections: this one, and not whoever else may have the port.
+	for range 2000 {
+		if conn, err := net.Dial("tcp", addr.String()); err == nil {
+			conn.Close()
+		}
 		select {
 		case err := <-failed:
 			return nil, err
-		default:
-		}
-		if conn, err := net.Dial("tcp", addr.String()); err == nil {
-			conn.Close()
+		case <-accepted:
 			return s, nil
+		case <-time.After(5 * time.Millisecond):
 		}
-		time.Sleep(5 * time.Millisecond)
 	}
+	s.server.Close()
 	return nil, fmt.Errorf("the liteserver does not answer on %v", addr)
 }
 
