@@ -467,6 +467,7 @@ func TestWritesWhileReading(t *testing.T) {
 		t.Fatal(err)
 	}
 	ln := watchedListener{inner, make(chan *watched, 1)}
+	after := make(chan http.ConnState, 3) // each of the two requests, and the end
 	s := &Server{
 		TLS:         &tls.Config{Certificates: []tls.Certificate{agenttest.Certificate()}, SessionTicketsDisabled: true},
 		HeaderLimit: 5 * time.Second, IdleLimit: 5 * time.Second, MaxHeader: 16 << 10,
@@ -474,11 +475,17 @@ func TestWritesWhileReading(t *testing.T) {
 			rc := http.NewResponseController(w)
 			rc.SetReadDeadline(time.Now().Add(5 * time.Second))
 			body, _ := io.ReadAll(r.Body)
-			rc.SetWriteDeadline(time.Now().Add(time.Millisecond))
+			rc.SetWriteDeadline(time.Now().Add(5 * time.Second))
 			w.Header().Set("Content-Length", fmt.Sprint(len(body)))
 			w.Write(body)
 			rc.Flush()
+			rc.SetWriteDeadline(past)
 		}),
+		State: func(_ net.Conn, state http.ConnState) {
+			if state == http.StateIdle || state == http.StateClosed {
+				after <- state
+			}
+		},
 	}
 	go s.Serve(ln)
 	defer s.Close()
@@ -498,7 +505,10 @@ func TestWritesWhileReading(t *testing.T) {
 		if got := read(t, in, "POST"); got.body != "hello" {
 			t.Fatal(got)
 		}
-		time.Sleep(10 * time.Millisecond)
+		// A request that comes sooner is read by who watches for the client's end.
+		if state := <-after; state != http.StateIdle {
+			t.Fatal(state)
+		}
 	}
 	io.WriteString(conn, "GET / HTTP/9\r\n\r\n")
 	if got := read(t, in, "GET"); got.status != 400 {
@@ -542,7 +552,23 @@ func closed(t *testing.T, conn net.Conn) {
 }
 
 func TestLimits(t *testing.T) {
-	_, address := serve(t, echo, func(s *Server) { s.HeaderLimit, s.IdleLimit = 200*time.Millisecond, 300*time.Millisecond })
+	const limit = 300 * time.Millisecond
+	_, address := serve(t, echo, func(s *Server) { s.HeaderLimit = limit })
+	_, idling := serve(t, echo, func(s *Server) { s.IdleLimit = limit })
+	// The handshake has the same limit. One that was cut off at it is tried again.
+	open := func(t *testing.T) *tls.Conn {
+		for {
+			at := time.Now()
+			conn, err := tls.Dial("tcp", address, &tls.Config{InsecureSkipVerify: true})
+			if err == nil {
+				t.Cleanup(func() { conn.Close() })
+				return conn
+			}
+			if took := time.Since(at); took < limit {
+				t.Fatalf("after %v: %v", took, err)
+			}
+		}
+	}
 	t.Run("no handshake", func(t *testing.T) {
 		conn, err := net.Dial("tcp", address)
 		if err != nil {
@@ -551,11 +577,11 @@ func TestLimits(t *testing.T) {
 		defer conn.Close()
 		closed(t, conn)
 	})
-	t.Run("no request", func(t *testing.T) { closed(t, dial(t, address)) })
+	t.Run("no request", func(t *testing.T) { closed(t, open(t)) })
 	t.Run("a header in drops", func(t *testing.T) {
-		conn := dial(t, address)
+		conn := open(t)
 		go func() {
-			for range 100 {
+			for {
 				if _, err := io.WriteString(conn, "G"); err != nil {
 					return
 				}
@@ -565,18 +591,35 @@ func TestLimits(t *testing.T) {
 		closed(t, conn)
 	})
 	t.Run("no other request", func(t *testing.T) {
-		conn := dial(t, address)
+		conn := dial(t, idling)
 		io.WriteString(conn, "GET / HTTP/1.1\r\nHost: x\r\n\r\n")
 		read(t, bufio.NewReader(conn), "GET")
 		closed(t, conn)
 	})
 	t.Run("another one in time", func(t *testing.T) {
-		conn := dial(t, address)
-		in := bufio.NewReader(conn)
-		for range 3 {
-			io.WriteString(conn, "GET / HTTP/1.1\r\nHost: x\r\n\r\n")
-			read(t, in, "GET")
-			time.Sleep(150 * time.Millisecond)
+		// Reports whether all were in time, which is this machine's doing as well.
+		round := func() bool {
+			conn := dial(t, idling)
+			in := bufio.NewReader(conn)
+			var last time.Time
+			for i := range 4 {
+				at := time.Now()
+				io.WriteString(conn, "GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+				_, err := in.Peek(1)
+				gap := time.Since(last)
+				switch {
+				case err != nil && i > 0 && gap >= limit:
+					return false
+				case err != nil:
+					t.Fatalf("request %d, %v after the last: %v", i, gap, err)
+				}
+				read(t, in, "GET")
+				last = at
+				time.Sleep(limit / 2)
+			}
+			return true
+		}
+		for !round() {
 		}
 	})
 }
