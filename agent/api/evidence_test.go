@@ -93,8 +93,7 @@ func TestEvidenceMemory(t *testing.T) {
 	}
 }
 
-// Who waits for evidence takes nobody's place, and a time limit that is about the
-// engine does not end the wait.
+// Who waits for evidence takes nobody's place.
 func TestEvidenceTakesNoPlace(t *testing.T) {
 	release := make(chan struct{})
 	var waiting atomic.Int32
@@ -105,7 +104,7 @@ func TestEvidenceTakesNoPlace(t *testing.T) {
 			<-release
 			return []byte("{}"), nil
 		}
-	}, func(s *Server) { s.total = 100 * time.Millisecond })
+	}, nil)
 	var all sync.WaitGroup
 	for range 100 {
 		all.Go(func() {
@@ -124,9 +123,23 @@ func TestEvidenceTakesNoPlace(t *testing.T) {
 	if resp, body := b.post(t, "/v1/chat/completions", hello); resp.StatusCode != 200 {
 		t.Errorf("a client beside them got %s: %s", resp.Status, body)
 	}
-	time.Sleep(150 * time.Millisecond)
 	close(release)
 	all.Wait()
+}
+
+// A time limit that is about the engine does not end the wait for evidence.
+func TestEvidenceOutlastsTotal(t *testing.T) {
+	const total = 100 * time.Millisecond
+	b := start(t, nil, func(c *Config) {
+		c.Evidence = func(context.Context, [evidence.NonceSize]byte) ([]byte, error) {
+			time.Sleep(total + 50*time.Millisecond)
+			return []byte("{}"), nil
+		}
+	}, func(s *Server) { s.total = total })
+	resp, body := b.do(t, b.request(t, "GET", evidence.Path+"?nonce="+strings.Repeat("A", 43), ""))
+	if resp.StatusCode != 200 || body != "{}" {
+		t.Errorf("%s %s", resp.Status, body)
+	}
 }
 
 // Collateral is for everybody, and there in a VM with GPUs only.
