@@ -8,6 +8,13 @@ func (s *Server) SetPaymentLimits(admit, durable, cover time.Duration) {
 	s.till.admitLimit, s.till.durableLimit, s.till.coverLimit = admit, durable, cover
 }
 
+// Wanted is how many channels requests wait for.
+func (s *Server) Wanted() int {
+	s.till.wanted.mu.Lock()
+	defer s.till.wanted.mu.Unlock()
+	return len(s.till.wanted.channels)
+}
+
 // HeldMemory is how many bytes bodies and answers take of the memory set aside.
 func (s *Server) HeldMemory() int64 { return defaultMemory - s.memory.Load() }
 

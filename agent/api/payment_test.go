@@ -36,6 +36,12 @@ const (
 	ask  = `{"model":"test/model","messages":[{"role":"user","content":"a secret question"}]}`
 )
 
+// Limits of what a request waits for: for what comes, and for what does not.
+const (
+	patient = 5 * time.Second
+	hasty   = 300 * time.Millisecond
+)
+
 var payee = "0:" + strings.Repeat("77", 32)
 
 func streamed(body string) string { return strings.Replace(body, "{", `{"stream":true,`, 1) }
@@ -105,7 +111,7 @@ func start(t testing.TB, m *manifest.Manifest, engine http.HandlerFunc, change f
 	t.Cleanup(inner.Close)
 	w.Worker = inner
 	if m.Payment != nil {
-		w.SetPaymentLimits(300*time.Millisecond, 300*time.Millisecond, 300*time.Millisecond)
+		w.SetPaymentLimits(patient, patient, patient)
 		w.prices(m.Payment.Ceilings...)
 	}
 	return w
@@ -291,6 +297,7 @@ func TestUnpaid(t *testing.T) {
 	gone := closing.admission(10 * step)
 	gone.Closing = true
 	w.admit(gone)
+	w.SetPaymentLimits(hasty, patient, patient)
 	who := func(q payer) string { return pay.SignPayer(q.key, q.channel, w.SPKI).String() }
 	good := who(p)
 	otherVM := pay.SignPayer(p.key, p.channel, [32]byte{9}).String()
@@ -521,6 +528,7 @@ func TestPaymentPath(t *testing.T) {
 // acknowledged, and tells it again until it has.
 func TestDurableFirst(t *testing.T) {
 	w := start(t, nil, nil, nil)
+	w.SetPaymentLimits(patient, hasty, patient)
 	p := newPayer(1)
 	w.admit(p.admission(10 * step))
 	for range 2 {
@@ -550,7 +558,7 @@ func TestDurableFirst(t *testing.T) {
 		t.Error(resp.Status)
 	}
 	// A request waits for it.
-	w.SetPaymentLimits(5*time.Second, 5*time.Second, 5*time.Second)
+	w.SetPaymentLimits(patient, patient, patient)
 	answered := make(chan int)
 	go func() {
 		resp, _ := w.do(w.request("POST", chat, ask, w.proof(p, 3*step)...))
@@ -625,6 +633,7 @@ func covered(cover uint64, body string, bytes int64) (n int64) {
 // nanoton, and charges for what was sent.
 func TestCutOff(t *testing.T) {
 	w := start(t, smallSteps(), events(100, 97, `{"prompt_tokens":20,"completion_tokens":9}`, nil), nil)
+	w.SetPaymentLimits(patient, patient, hasty)
 	p := newPayer(1)
 	w.open(p.admission(100 * small))
 	body := streamed(ask)
@@ -661,6 +670,7 @@ func TestCutOff(t *testing.T) {
 		rw.(http.Flusher).Flush()
 		<-r.Context().Done()
 	}, nil)
+	w2.SetPaymentLimits(patient, patient, hasty)
 	w2.open(p.admission(100 * small))
 	resp, got = w2.do(w2.request("POST", chat, body, w2.proof(p, small)...))
 	if terms, err := pay.ParseTerms(got); err != nil || resp.StatusCode != 402 || terms.Accepts[0].Extra.Credit.Used != "0" {
@@ -672,7 +682,6 @@ func TestCutOff(t *testing.T) {
 // is then charged by the engine's figures.
 func TestGoOn(t *testing.T) {
 	w := start(t, smallSteps(), events(100, 97, `{"prompt_tokens":20,"completion_tokens":900}`, nil), nil)
-	w.SetPaymentLimits(5*time.Second, 5*time.Second, 5*time.Second)
 	p := newPayer(1)
 	till := w.open(p.admission(100 * small))
 	body := streamed(ask)
@@ -1151,7 +1160,7 @@ func TestPayersTakeTurns(t *testing.T) {
 func TestBatches(t *testing.T) {
 	w := start(t, nil, nil, nil)
 	const channels = 60
-	w.SetPaymentLimits(time.Second, time.Millisecond, time.Second)
+	w.SetPaymentLimits(patient, time.Millisecond, patient)
 	for i := range byte(channels) {
 		p := newPayer(i + 1)
 		w.admit(p.admission(10 * step))
@@ -1187,10 +1196,10 @@ func TestBatches(t *testing.T) {
 // each now and then, and a real one gets through.
 func TestWantedNoise(t *testing.T) {
 	w := start(t, nil, nil, nil)
-	w.SetPaymentLimits(4*time.Second, 5*time.Second, time.Second)
 	real := newPayer(200)
+	const noise = 40
 	var wait sync.WaitGroup
-	for i := range byte(40) {
+	for i := range byte(noise) {
 		wait.Add(1)
 		go func() {
 			defer wait.Done()
@@ -1200,10 +1209,10 @@ func TestWantedNoise(t *testing.T) {
 			}
 		}()
 	}
-	agenttest.Eventually(t, "many are wanted", func() bool {
-		reply, err := w.Ask(guest.ControlRequest{Op: guest.OpCollect})
-		return err == nil && len(reply.Wanted) == guest.MaxWanted
-	})
+	agenttest.Eventually(t, "all are wanted", func() bool { return w.Wanted() == noise })
+	if reply := w.control(guest.ControlRequest{Op: guest.OpCollect}); len(reply.Wanted) != guest.MaxWanted {
+		t.Errorf("%d are told at once", len(reply.Wanted))
+	}
 	w.open(real.admission(10 * step))
 	at := time.Now()
 	if resp, body := w.do(w.request("POST", chat, ask, w.proof(real, step)...)); resp.StatusCode != 200 {
