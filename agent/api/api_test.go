@@ -56,6 +56,7 @@ type bench struct {
 type recorder struct {
 	net.Listener
 	longest, total atomic.Int64
+	buffer         atomic.Int64 // of what they have still to send, in bytes; 0 is the system's
 }
 
 type recordedConn struct {
@@ -67,6 +68,9 @@ func (r *recorder) Accept() (net.Conn, error) {
 	conn, err := r.Listener.Accept()
 	if err != nil {
 		return nil, err
+	}
+	if size := r.buffer.Load(); size > 0 {
+		conn.(*net.TCPConn).SetWriteBuffer(int(size))
 	}
 	return recordedConn{conn, r}, nil
 }
@@ -593,7 +597,7 @@ func (b *bench) bodies() (n int) {
 func TestSlowBodiesHoldNoPlace(t *testing.T) {
 	b := start(t, answer,
 		func(c *Config) { c.Limits.Concurrency = 1 },
-		func(s *Server) { s.bodyTotal = 500 * time.Millisecond })
+		func(s *Server) { s.bodyTotal = 2 * time.Second })
 	var conns []*tls.Conn
 	for range 8 {
 		conns = append(conns, b.dial(t, postHead+"Content-Length: 100\r\n\r\n{"))
@@ -843,7 +847,11 @@ func TestEngineFailures(t *testing.T) {
 	}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
-			b := start(t, test.engine, nil, func(s *Server) { s.idle = 200 * time.Millisecond })
+			b := start(t, test.engine, nil, func(s *Server) {
+				if s.idle = time.Minute; test.code == "engine_timeout" {
+					s.idle = 200 * time.Millisecond
+				}
+			})
 			resp, body := b.post(t, "/v1/chat/completions", test.body)
 			wantError(t, resp, body, test.status, test.code)
 			if strings.Contains(body, "secret") || len(body) > 3000 {
@@ -862,6 +870,7 @@ func TestEngineFailures(t *testing.T) {
 // What the engine's socket can say that is not HTTP, or more of it than there may be.
 func TestEngineBreaksHTTP(t *testing.T) {
 	const ok = "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+	var answered chan struct{} // closed when the client has its answer
 	long := `{"model":"chrysalis/demo","messages":[{"role":"user","content":"` + strings.Repeat("x", 1<<19) + `"}]}`
 	tests := []struct {
 		name   string
@@ -892,11 +901,17 @@ func TestEngineBreaksHTTP(t *testing.T) {
 		{"a long body refused unread", long, func(conn net.Conn) {
 			io.WriteString(conn, "HTTP/1.1 400 Bad Request\r\nContent-Length: 2\r\n\r\n{}")
 		}, 400, "engine_refused"},
-		{"a long body not read", long, func(conn net.Conn) { time.Sleep(time.Second) }, 504, "engine_timeout"},
+		{"a long body not read", long, func(net.Conn) { <-answered }, 504, "engine_timeout"},
 	}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
-			b := start(t, nil, nil, func(s *Server) { s.idle = 500 * time.Millisecond })
+			b := start(t, nil, nil, func(s *Server) {
+				if s.idle = time.Minute; test.code == "engine_timeout" {
+					s.idle = 500 * time.Millisecond
+				}
+			})
+			answered = make(chan struct{})
+			defer close(answered)
 			ln, err := net.Listen("unix", b.socket)
 			if err != nil {
 				t.Fatal(err)
@@ -971,9 +986,12 @@ func TestStreamFailures(t *testing.T) {
 				sayEvents(w, "data: {\"n\":1}\n\n")
 				test.engine(w, r)
 			}, nil, func(s *Server) {
-				s.idle, s.total = 300*time.Millisecond, time.Second
-				if test.code == "time_limit" {
-					s.idle = time.Minute // a busy machine may pause for longer than the other limit
+				s.idle, s.total = time.Minute, time.Minute
+				switch test.code { // the first event must come before the limit
+				case "engine_timeout":
+					s.idle = time.Second
+				case "time_limit":
+					s.total = 2 * time.Second
 				}
 			})
 			resp, err := b.client.Do(b.request(t, "POST", "/v1/chat/completions", helloStream))
@@ -1178,7 +1196,9 @@ func TestPanicIsContained(t *testing.T) {
 }
 
 func TestTransport(t *testing.T) {
-	b := start(t, nil, nil, func(s *Server) { s.http.HeaderLimit = 300 * time.Millisecond })
+	const limit = 300 * time.Millisecond
+	b := start(t, nil, nil, nil)
+	hasty := start(t, nil, nil, func(s *Server) { s.http.HeaderLimit = limit })
 
 	t.Run("plain HTTP", func(t *testing.T) {
 		conn, err := net.Dial("tcp", b.address)
@@ -1227,7 +1247,7 @@ func TestTransport(t *testing.T) {
 	})
 	for name, first := range map[string]string{"silent": "", "half a handshake": "\x16\x03\x01\x01\x00"} {
 		t.Run(name, func(t *testing.T) {
-			conn, err := net.Dial("tcp", b.address)
+			conn, err := net.Dial("tcp", hasty.address)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -1236,8 +1256,24 @@ func TestTransport(t *testing.T) {
 			wantClosed(t, conn)
 		})
 	}
-	t.Run("silent after the handshake", func(t *testing.T) { wantClosed(t, b.dial(t, "")) })
-	t.Run("half a header", func(t *testing.T) { wantClosed(t, b.dial(t, "GET /v1/models HTTP/1.1\r\nHo")) })
+	for name, first := range map[string]string{"silent after the handshake": "", "half a header": "GET /v1/models HTTP/1.1\r\nHo"} {
+		t.Run(name, func(t *testing.T) {
+			// The handshake has the same limit. One that was cut off at it is tried again.
+			for {
+				at := time.Now()
+				conn, err := tls.Dial("tcp", hasty.address, clientTLS())
+				if err == nil {
+					defer conn.Close()
+					io.WriteString(conn, first)
+					wantClosed(t, conn)
+					return
+				}
+				if took := time.Since(at); took < limit {
+					t.Fatalf("after %v: %v", took, err)
+				}
+			}
+		})
+	}
 	t.Run("long header", func(t *testing.T) {
 		conn := b.dial(t, "GET /v1/models HTTP/1.1\r\nHost: x\r\nA: "+strings.Repeat("a", maxHeader)+"\r\n\r\n")
 		if resp, _ := readResponse(t, conn); resp.StatusCode != 431 {
@@ -1370,8 +1406,8 @@ func TestClientDoesNotRead(t *testing.T) {
 		name        string
 		idle, total time.Duration
 	}{
-		{"idle", 300 * time.Millisecond, time.Hour},
-		{"total", time.Hour, 300 * time.Millisecond},
+		{"idle", time.Second, time.Hour}, // in which the first event must come
+		{"total", time.Hour, time.Second},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			b := start(t, func(w http.ResponseWriter, r *http.Request) {
@@ -1380,8 +1416,9 @@ func TestClientDoesNotRead(t *testing.T) {
 					sayEvents(w, event)
 				}
 			}, nil, func(s *Server) { s.idle, s.total = test.idle, test.total })
+			b.record.buffer.Store(4 << 10) // with the client's too small for the first event
 			conn := b.dial(t, postHead+fmt.Sprintf("Content-Length: %d\r\n\r\n", len(helloStream)))
-			conn.NetConn().(*net.TCPConn).SetReadBuffer(4 << 10) // so that little is enough to fill it
+			conn.NetConn().(*net.TCPConn).SetReadBuffer(4 << 10)
 			io.WriteString(conn, helloStream)
 			agenttest.Eventually(t, "it lost its place", func() bool { return b.counters.Cancelled.Load() == 1 && b.Active() == 0 })
 		})
