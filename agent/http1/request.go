@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"math"
 	"net"
 	"net/http"
 	"os"
@@ -31,20 +32,20 @@ var (
 // wait for answers. It reports whether there may be more later.
 func (c *conn) requests() bool {
 	in := readers.Get().(*bufio.Reader)
-	header := &bounded{r: c}
+	header := &io.LimitedReader{R: c}
 	in.Reset(header)
 	defer func() {
 		in.Reset(nil)
 		readers.Put(in)
 	}()
 	for {
-		header.left = int64(c.s.MaxHeader)
+		header.N = int64(c.s.MaxHeader)
 		// For what TLS writes while it reads, as well: a client can ask for new keys
 		// and take none.
 		c.net.SetDeadline(time.Now().Add(c.s.HeaderLimit))
 		r, err := http.ReadRequest(in)
 		if err != nil {
-			if status := refusal(err, header.left <= 0); status != 0 {
+			if status := refusal(err, header.N <= 0); status != 0 {
 				c.refuse(status)
 			}
 			return false
@@ -53,7 +54,7 @@ func (c *conn) requests() bool {
 			c.refuse(status)
 			return false
 		}
-		header.left = 1<<63 - 1 // the handler bounds the body
+		header.N = math.MaxInt64 // the handler bounds the body
 		c.net.SetDeadline(time.Time{})
 		if !c.s.set(c, http.StateActive) || !c.exchange(r) {
 			return false
@@ -65,21 +66,6 @@ func (c *conn) requests() bool {
 			return errors.As(err, &t) && t.Timeout()
 		}
 	}
-}
-
-// bounded reads so much and no more.
-type bounded struct {
-	r    io.Reader
-	left int64
-}
-
-func (b *bounded) Read(p []byte) (int, error) {
-	if b.left <= 0 {
-		return 0, io.EOF
-	}
-	n, err := b.r.Read(p[:min(int64(len(p)), b.left)])
-	b.left -= int64(n)
-	return n, err
 }
 
 // refusal returns what a client is told whose request cannot be read, or 0 where
