@@ -48,12 +48,6 @@ type child struct {
 func (s *spawner) start(name string, cmd *exec.Cmd, log *log.Logger) (*child, error) {
 	out := &lineLog{prefix: name + ": ", log: log, left: maxChildLog}
 	cmd.Stdout, cmd.Stderr = out, out
-	// Bwrap's --die-with-parent acts from when bwrap runs; this closes the gap
-	// before that. The one after it is killSession's.
-	if cmd.SysProcAttr == nil {
-		cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	}
-	cmd.SysProcAttr.Pdeathsig = syscall.SIGKILL
 	cmd.WaitDelay = 5 * time.Second
 	started := make(chan error)
 	s.work <- func() { started <- cmd.Start() }

@@ -146,9 +146,8 @@ func (r *Root) Cmd(ctx context.Context, c Command) *exec.Cmd {
 	args = append(args, "--chdir", dir, "--")
 	cmd := exec.CommandContext(ctx, "bwrap", append(args, c.Args...)...)
 	// A group of its own, so that an interrupt at the terminal reaches us first
-	// and a cancelled context ends the whole tree.
-	// What --die-with-parent does from when bwrap asks for it, this does from the
-	// start.
+	// and a cancelled context ends the whole tree. --die-with-parent acts from when
+	// bwrap runs, Pdeathsig before that.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
 	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
 	return cmd
