@@ -508,9 +508,9 @@ func TestUp(t *testing.T) {
 	nothingLeft(t, state, "undisturbed")
 	next := func(when string, cut bool) {
 		t.Helper()
+		look := command{args: []string{"status", "vm"}, env: c.env}
 		if cut {
-			// What of a sandbox outlives its supervisor is ended by who looks at the run.
-			command{args: []string{"status", "vm"}, env: c.env}.plain(t)
+			look.plain(t) // which ends what of a sandbox outlives its supervisor
 		}
 		nothingLeft(t, state, when)
 		filepath.WalkDir(state, func(path string, d fs.DirEntry, err error) error {
@@ -519,7 +519,7 @@ func TestUp(t *testing.T) {
 			}
 			return nil
 		})
-		if o := (command{args: []string{"status", "vm"}, env: c.env}).plain(t); strings.Contains(o.text, "ready ") {
+		if o := look.plain(t); strings.Contains(o.text, "ready ") {
 			t.Errorf("%s: status: %s", when, o.text)
 		}
 	}

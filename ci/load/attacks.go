@@ -58,7 +58,7 @@ func Defend(ctx context.Context, c Config, a Attack) (served int, slowest time.D
 		defer cancel()
 		short := c
 		short.Events, short.Pause = 2, time.Millisecond
-		status, _, err := short.stream(limit, by, c.Tokens[0], func(int, time.Duration) {})
+		status, _, err := short.stream(limit, by, c.Tokens[0], func(time.Duration) {})
 		if err != nil || status != http.StatusOK {
 			return fmt.Errorf("an honest client got %d, %v", status, err)
 		}

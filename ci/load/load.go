@@ -114,9 +114,9 @@ func (c *Config) request(ctx context.Context, token string, events int, pause ti
 	return r
 }
 
-// stream asks for one stream and reads it. seen is called for each event with what
-// the engine said and when that came.
-func (c *Config) stream(ctx context.Context, by *http.Client, token string, seen func(i int, at time.Duration)) (status int, retry string, err error) {
+// stream asks for one stream and reads it. seen is called for each event with how much
+// later it came than the engine sent it, by a clock that begins with the request.
+func (c *Config) stream(ctx context.Context, by *http.Client, token string, seen func(late time.Duration)) (status int, retry string, err error) {
 	begin := time.Now()
 	answer, err := by.Do(c.request(ctx, token, c.Events, c.Pause))
 	if err != nil {
@@ -137,7 +137,7 @@ func (c *Config) stream(ctx context.Context, by *http.Client, token string, seen
 			var sent int64
 			if json.Unmarshal([]byte("{"+data), &event) == nil && len(event.Choices) == 1 {
 				if _, err := fmt.Sscan(event.Choices[0].Delta.Content, &sent); err == nil {
-					seen(i, time.Since(begin)-time.Duration(sent)*time.Microsecond)
+					seen(time.Since(begin) - time.Duration(sent)*time.Microsecond)
 					i++
 				}
 			}
@@ -225,7 +225,7 @@ func Run(ctx context.Context, c Config) (*Report, error) {
 		}
 		for !ending.Load() {
 			var late []time.Duration
-			status, retry, err := c.stream(working, by, token, func(_ int, by time.Duration) { late = append(late, by) })
+			status, retry, err := c.stream(working, by, token, func(by time.Duration) { late = append(late, by) })
 			if len(late) > 0 {
 				atomic.AddInt64(&r.Events, int64(len(late)))
 				r.First.add(late[0])

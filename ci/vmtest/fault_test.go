@@ -121,12 +121,17 @@ func (vm *handVM) ends(want guest.Reason) {
 	vm.t.Errorf("the VM goes on, expected it to end with %s", want)
 }
 
+// as returns the VM's client for a subtest.
+func (vm *handVM) as(t *testing.T) *client {
+	c := *vm.client
+	c.t = t
+	return &c
+}
+
 // well checks that the VM serves as if nothing were.
 func (vm *handVM) well(t *testing.T) {
 	t.Helper()
-	c := *vm.client
-	c.t = t
-	if status, said := c.obeyed("hello"); status != 200 || said != "hello" {
+	if status, said := vm.as(t).obeyed("hello"); status != 200 || said != "hello" {
 		t.Errorf("the VM answers %d %q", status, said)
 	}
 	if _, err := ask(vm.dialer, "/status", 30*time.Second); err != nil {
@@ -333,8 +338,7 @@ func TestFailingDisks(t *testing.T) {
 		vm.rereads()
 		// What is in memory is verified and stays. Of the rest the engine may need some
 		// at any time, and dies of it.
-		c := *vm.client
-		c.t = t
+		c := vm.as(t)
 		if status, said := c.obeyed("hello"); (status != 200 || said != "hello") && status != 502 && status != 503 {
 			t.Errorf("the VM answers %d %q", status, said)
 		}
@@ -345,10 +349,8 @@ func TestFailingDisks(t *testing.T) {
 	})
 	t.Run("no more errors", func(t *testing.T) {
 		vm.replaceDisk(1, map[string]any{"driver": "file", "node-name": "mended", "filename": "/vm/disk1", "read-only": true, "locking": "off"})
-		c := *vm.client
-		c.t = t
 		vm.await(func() bool {
-			status, _ := c.obeyed("exhaust reads of its disk")
+			status, _ := vm.as(t).obeyed("exhaust reads of its disk")
 			return status == 200
 		})
 		vm.well(t)
@@ -543,9 +545,7 @@ func (vm *handVM) evidence(t *testing.T) {
 	nonce := make([]byte, evidence.NonceSize)
 	rand.Read(nonce)
 	encoded := base64.RawURLEncoding.EncodeToString(nonce)
-	c := *vm.client
-	c.t = t
-	resp, body := c.send("GET", evidence.Path+"?nonce="+encoded, nil)
+	resp, body := vm.as(t).send("GET", evidence.Path+"?nonce="+encoded, nil)
 	if resp.StatusCode != 200 || !strings.Contains(body, encoded) {
 		t.Errorf("evidence: %s: %.300s", resp.Status, body)
 	}
