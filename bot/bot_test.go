@@ -32,6 +32,7 @@ type sent struct {
 	To     string
 	Thread string
 	Texts  []string
+	At     []time.Time // when each of them came
 }
 
 // telegram is a server of the Bot API: getMe, getUpdates, sendMessage and
@@ -44,11 +45,10 @@ type telegram struct {
 	messages []*sent
 	patience int // how many of the next messages and edits are refused with 429
 	refuse   func(w http.ResponseWriter, method string) bool
-	polled   chan struct{}
 }
 
 func newTelegram(t *testing.T) *telegram {
-	s := &telegram{first: 1, polled: make(chan struct{}, 1000)}
+	s := &telegram{first: 1}
 	s.Server = httptest.NewServer(s)
 	t.Cleanup(s.Close)
 	return s
@@ -112,7 +112,7 @@ func (s *telegram) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			}
 			m = s.messages[i]
 		}
-		m.Texts = append(m.Texts, text)
+		m.Texts, m.At = append(m.Texts, text), append(m.At, time.Now())
 		fmt.Fprintf(w, `{"ok":true,"result":{"message_id":%d,"date":1,"chat":{"id":1,"type":"private"},"text":""}}`, m.ID)
 	default:
 		fail(404, "Not Found", "")
@@ -196,10 +196,18 @@ type buffer struct {
 func (b *buffer) Write(p []byte) (int, error) { b.mu.Lock(); defer b.mu.Unlock(); return b.b.Write(p) }
 func (b *buffer) String() string              { b.mu.Lock(); defer b.mu.Unlock(); return b.b.String() }
 
-// start runs a bot until the test ends or stop is called.
-func start(t *testing.T, s *telegram, o bot.Options) (log *buffer, stop func()) {
+// running is a bot that runs until the test ends or stop is called. The chat sees
+// the whole of an answer before the bot has noted it: only once it has settled,
+// the next question is not one too many.
+type running struct {
+	*bot.Bot
+	log  *buffer
+	stop func()
+}
+
+func start(t *testing.T, s *telegram, o bot.Options) running {
 	t.Helper()
-	log = &buffer{}
+	log := &buffer{}
 	o.Token, o.Server, o.Log = token, s.URL, log
 	b, err := bot.New(t.Context(), o)
 	if err != nil {
@@ -212,29 +220,39 @@ func start(t *testing.T, s *telegram, o bot.Options) (log *buffer, stop func()) 
 	ended := make(chan struct{})
 	go func() { defer close(ended); b.Run(ctx) }()
 	var once sync.Once
-	stop = func() { once.Do(func() { cancel(); <-ended }) }
+	stop := func() { once.Do(func() { cancel(); <-ended }) }
 	t.Cleanup(stop)
-	return log, stop
+	return running{b, log, stop}
 }
 
 func TestStreams(t *testing.T) {
 	s := newTelegram(t)
-	start(t, s, bot.Options{Backend: backend{func(_ context.Context, _ []openai.Message, each func(string) error) error {
-		for _, piece := range []string{"one ", "two ", "three"} {
+	var whole strings.Builder
+	b := start(t, s, bot.Options{Backend: backend{func(_ context.Context, _ []openai.Message, each func(string) error) error {
+		for i := range 20 {
+			piece := fmt.Sprintf("%d ", i)
+			whole.WriteString(piece)
 			if err := each(piece); err != nil {
 				return err
 			}
-			time.Sleep(800 * time.Millisecond)
+			time.Sleep(100 * time.Millisecond)
 		}
 		return nil
 	}}})
 	s.say(message{chat: 5, user: 5, text: "count"})
-	texts := s.last(t, 5, 0, "three")
-	if !slices.Equal(texts, []string{"one ", "one two three"}) {
-		t.Errorf("the message had the texts %q", texts)
-	}
+	texts := s.last(t, 5, 0, " 19 ")
+	b.Settle()
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if texts[0] != "0 " || texts[len(texts)-1] != whole.String() {
+		t.Errorf("the message had the texts %q", texts)
+	}
+	// All but the last edit keep their distance.
+	for i, at := range s.messages[0].At[1 : len(texts)-1] {
+		if d := at.Sub(s.messages[0].At[i]); d < 1500*time.Millisecond {
+			t.Errorf("edit %d of %q came after %s", i+1, texts, d)
+		}
+	}
 	if !strings.Contains(s.messages[0].To, `"message_id":7`) {
 		t.Errorf("it answers %q", s.messages[0].To)
 	}
@@ -242,11 +260,13 @@ func TestStreams(t *testing.T) {
 
 func TestRemembers(t *testing.T) {
 	s := newTelegram(t)
-	start(t, s, bot.Options{Backend: backend{echo}, System: "be brief"})
+	b := start(t, s, bot.Options{Backend: backend{echo}, System: "be brief"})
 	s.say(message{chat: 5, user: 5, text: "first"})
 	s.last(t, 5, 0, "system=be brief|user=first")
+	b.Settle()
 	s.say(message{chat: 5, user: 5, text: "second"})
 	s.last(t, 5, 1, "system=be brief|user=first|assistant=system=be brief|user=first|user=second")
+	b.Settle()
 	s.say(message{chat: 6, user: 6, text: "other"})
 	if texts := s.last(t, 6, 0, "user=other"); strings.Contains(texts[0], "first") {
 		t.Error("another chat's words came along")
@@ -257,42 +277,27 @@ func TestRemembers(t *testing.T) {
 	if texts := s.last(t, 5, 3, "user=third"); strings.Contains(texts[0], "first") {
 		t.Error("what was to be forgotten came along")
 	}
-	// However long a chat is, what is sent along is bounded.
-	for i := range 5 {
-		s.say(message{chat: 5, user: 5, text: strings.Repeat("x", 7000) + fmt.Sprint(i)})
-		s.waitIdle(t, 5)
-	}
+	b.Settle()
 	s.say(message{chat: 7, user: 5, text: strings.Repeat("x", 9000)})
 	s.last(t, 7, 0, "too long")
 }
 
-// count is how many texts the chat's messages have had.
-func (s *telegram) count(chat int) (n int) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	for _, m := range s.messages {
-		if m.Chat == fmt.Sprint(chat) {
-			n += len(m.Texts)
+// TestBoundedHistory has a chat that goes on and on: what is sent along stays
+// bounded, and begins with a question.
+func TestBoundedHistory(t *testing.T) {
+	s := newTelegram(t)
+	b := start(t, s, bot.Options{Backend: backend{func(_ context.Context, chat []openai.Message, each func(string) error) error {
+		size := 0
+		for _, m := range chat {
+			size += len(m.Content)
 		}
+		return each(fmt.Sprint(chat[0].Role, " ", len(chat), " ", size))
+	}}})
+	for n, want := range []string{"user 1 7000", "user 3 14011", "user 5 21023", "user 5 21024", "user 5 21024"} {
+		s.say(message{chat: 5, user: 5, text: strings.Repeat("x", 7000)})
+		s.last(t, 5, n, want)
+		b.Settle()
 	}
-	return n
-}
-
-// standStill waits until the chat's messages stay as they are for a while.
-func (s *telegram) standStill(chat int) {
-	for n := -1; n != s.count(chat); time.Sleep(100 * time.Millisecond) {
-		n = s.count(chat)
-	}
-}
-
-// waitIdle waits until something comes and the chat's messages stand still.
-func (s *telegram) waitIdle(t *testing.T, chat int) {
-	t.Helper()
-	before := s.count(chat)
-	for end := time.Now().Add(20 * time.Second); s.count(chat) == before && time.Now().Before(end); {
-		time.Sleep(10 * time.Millisecond)
-	}
-	s.standStill(chat)
 }
 
 func TestGroups(t *testing.T) {
@@ -318,7 +323,7 @@ func TestGroups(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
 			s := newTelegram(t)
-			start(t, s, bot.Options{Backend: backend{echo}})
+			b := start(t, s, bot.Options{Backend: backend{echo}})
 			test.m.chat, test.m.user = -3, 5
 			if test.m.kind == "" {
 				test.m.kind = "supergroup"
@@ -332,6 +337,7 @@ func TestGroups(t *testing.T) {
 				}
 				return
 			}
+			b.Settle()
 			s.mu.Lock()
 			defer s.mu.Unlock()
 			for _, m := range s.messages {
@@ -363,7 +369,7 @@ func TestTopics(t *testing.T) {
 func TestLimits(t *testing.T) {
 	s := newTelegram(t)
 	let := make(chan struct{})
-	start(t, s, bot.Options{PerHour: 3, AtOnce: 2, Backend: backend{func(ctx context.Context, chat []openai.Message, each func(string) error) error {
+	b := start(t, s, bot.Options{PerHour: 3, AtOnce: 2, Backend: backend{func(ctx context.Context, chat []openai.Message, each func(string) error) error {
 		if chat[len(chat)-1].Content == "slow" {
 			select {
 			case <-let:
@@ -381,10 +387,12 @@ func TestLimits(t *testing.T) {
 	close(let)
 	s.last(t, 1, 1, "done")
 	s.last(t, 2, 0, "done")
-	s.say(message{chat: 1, user: 1, text: "quick"})
-	s.last(t, 1, 2, "done")
-	s.say(message{chat: 1, user: 1, text: "quick"})
-	s.last(t, 1, 3, "done")
+	b.Settle()
+	for n := 2; n < 4; n++ {
+		s.say(message{chat: 1, user: 1, text: "quick"})
+		s.last(t, 1, n, "done")
+		b.Settle()
+	}
 	s.say(message{chat: 1, user: 1, text: "quick"})
 	s.last(t, 1, 4, "3 questions in an hour")
 	// In another chat, too: it is the user who has a limit.
@@ -403,7 +411,7 @@ func TestLongAnswers(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := newTelegram(t)
-			start(t, s, bot.Options{Backend: backend{func(_ context.Context, _ []openai.Message, each func(string) error) error {
+			b := start(t, s, bot.Options{Backend: backend{func(_ context.Context, _ []openai.Message, each func(string) error) error {
 				for i, r := range answer {
 					if err := each(answer[i : i+len(string(r))]); err != nil {
 						return err
@@ -424,7 +432,7 @@ func TestLongAnswers(t *testing.T) {
 			for end := time.Now().Add(20 * time.Second); said() != answer && time.Now().Before(end); {
 				time.Sleep(5 * time.Millisecond)
 			}
-			s.standStill(5) // no more comes
+			b.Settle() // no more comes
 			if got := said(); got != answer {
 				t.Errorf("%d bytes came of %d", len(got), len(answer))
 			}
@@ -466,7 +474,7 @@ func TestPatience(t *testing.T) {
 func TestStop(t *testing.T) {
 	s := newTelegram(t)
 	began := make(chan struct{})
-	_, stop := start(t, s, bot.Options{Backend: backend{func(ctx context.Context, _ []openai.Message, each func(string) error) error {
+	b := start(t, s, bot.Options{Backend: backend{func(ctx context.Context, _ []openai.Message, each func(string) error) error {
 		each("half")
 		close(began)
 		<-ctx.Done()
@@ -474,7 +482,7 @@ func TestStop(t *testing.T) {
 	}}})
 	s.say(message{chat: 5, user: 5, text: "tell"})
 	<-began
-	stop()
+	b.stop()
 	s.last(t, 5, 0, "half\n\n[broken off: the bot is being stopped]")
 }
 
@@ -529,7 +537,7 @@ func TestQuiet(t *testing.T) {
 		}
 		return false
 	}
-	log, _ := start(t, s, bot.Options{Backend: backend{func(_ context.Context, chat []openai.Message, each func(string) error) error {
+	b := start(t, s, bot.Options{Backend: backend{func(_ context.Context, chat []openai.Message, each func(string) error) error {
 		if strings.Contains(chat[len(chat)-1].Content, "fail") {
 			return errors.New("no worker")
 		}
@@ -537,14 +545,15 @@ func TestQuiet(t *testing.T) {
 	}}})
 	s.say(message{chat: 5, user: 5, text: "MARKER fail"})
 	s.last(t, 5, 0, "No answer: no worker")
+	b.Settle()
 	s.mu.Lock()
 	broken = true
 	s.mu.Unlock()
 	s.say(message{chat: 5, user: 5, text: "MARKER"})
-	for end := time.Now().Add(10 * time.Second); !strings.Contains(log.String(), "not delivered") && time.Now().Before(end); {
+	for end := time.Now().Add(10 * time.Second); !strings.Contains(b.log.String(), "not delivered") && time.Now().Before(end); {
 		time.Sleep(10 * time.Millisecond)
 	}
-	if text := log.String(); strings.Contains(text, "MARKER") || !strings.Contains(text, "not delivered") || !strings.Contains(text, "not answered") {
+	if text := b.log.String(); strings.Contains(text, "MARKER") || !strings.Contains(text, "not delivered") || !strings.Contains(text, "not answered") {
 		t.Errorf("the log is %q", text)
 	}
 }
@@ -591,11 +600,12 @@ func TestThroughProxy(t *testing.T) {
 	proxied := bot.NewProxied(p, "")
 	defer proxied.Close()
 	s := newTelegram(t)
-	log, _ := start(t, s, bot.Options{Backend: proxied})
+	b := start(t, s, bot.Options{Backend: proxied})
 	verify := message{chat: 5, user: 5, text: "/verify", entities: `[{"type":"bot_command","offset":0,"length":7}]`}
 
 	s.say(message{chat: 5, user: 5, text: "who are you?"})
 	s.last(t, 5, 0, "from a VM")
+	b.Settle()
 	s.say(verify)
 	// Its root is the tests' own, not Intel's.
 	texts := s.last(t, 5, 1, "✔ quote")
@@ -613,6 +623,7 @@ func TestThroughProxy(t *testing.T) {
 		mu.Unlock()
 		s.say(message{chat: 5, user: 5, text: "and now?"})
 		s.last(t, 5, 2+i, test.want)
+		b.Settle()
 	}
 	worker.Close()
 	s.say(message{chat: 5, user: 5, text: "anybody?"})
@@ -624,7 +635,7 @@ func TestThroughProxy(t *testing.T) {
 			t.Errorf("a worker's words were repeated: %q", m.Texts)
 		}
 	}
-	if strings.Contains(log.String(), "MARKER") {
-		t.Errorf("the log is %q", log)
+	if strings.Contains(b.log.String(), "MARKER") {
+		t.Errorf("the log is %q", b.log)
 	}
 }
