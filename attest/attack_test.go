@@ -540,8 +540,11 @@ func TestHostileAnswers(t *testing.T) {
 			endless(w, strings.Repeat("x", 1<<16))
 		}, "more than"},
 		{"endless", func(w http.ResponseWriter, _ *http.Request) { endless(w, strings.Repeat("x", 1<<16)) }, "more than"},
-		{"endless headers", hijack(func(w io.Writer) { io.WriteString(w, "HTTP/1.1 200 OK\r\n"); endless(w, "X: y\r\n") }), "more than"},
-		{"an endless header", hijack(func(w io.Writer) { io.WriteString(w, "HTTP/1.1 200 OK\r\nX: "); endless(w, "yyyyyyyy") }), "more than"},
+		{"endless headers", hijack(func(w io.Writer) {
+			io.WriteString(w, "HTTP/1.1 200 OK\r\n")
+			endless(w, strings.Repeat("X: y\r\n", 1<<10))
+		}), "more than"},
+		{"an endless header", hijack(func(w io.Writer) { io.WriteString(w, "HTTP/1.1 200 OK\r\nX: "); endless(w, strings.Repeat("y", 1<<13)) }), "more than"},
 		{"one byte a second", hijack(func(w io.Writer) {
 			io.WriteString(w, "HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
 			for range 100 {
