@@ -117,12 +117,14 @@ func TestStatus(t *testing.T) {
 func TestMetrics(t *testing.T) {
 	b := startStatus(t)
 	b.state.Begin(guest.PhaseDisks)
+	time.Sleep(2 * time.Millisecond)
 	b.state.Begin(guest.PhaseServe)
 	b.state.End(guest.ReasonStopped)
+	disks := float64(b.state.Status().Phases[0].MS) / 1000
 	code, body := b.get(t, "/metrics")
 	for _, line := range []string{
 		`chrysalis_info{image="chrysalis"} 1`, `chrysalis_phase{phase="serve"} 1`, `chrysalis_phase{phase="disks"} 0`,
-		`chrysalis_phase_seconds{phase="disks"} 0`, `chrysalis_ending{reason="stopped"} 1`, `chrysalis_ready 0`,
+		fmt.Sprintf(`chrysalis_phase_seconds{phase="disks"} %v`, disks), `chrysalis_ending{reason="stopped"} 1`, `chrysalis_ready 0`,
 		`chrysalis_kernel_seconds 4.2`, `chrysalis_requests_total 7`, `chrysalis_agent_resident_bytes 2048`,
 		`# TYPE chrysalis_engine_restarts_total counter`,
 	} {
@@ -130,8 +132,8 @@ func TestMetrics(t *testing.T) {
 			t.Errorf("no line %s", line)
 		}
 	}
-	if code != 200 {
-		t.Errorf("got %d", code)
+	if code != 200 || disks == 0 {
+		t.Errorf("got %d, %v s", code, disks)
 	}
 	seen := map[string]bool{}
 	for line := range strings.Lines(body) {
