@@ -8,6 +8,7 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"encoding/pem"
+	"fmt"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -326,7 +327,9 @@ func (c change) run(t *testing.T) {
 		if time.Since(looked) < 15*time.Second {
 			return false
 		}
-		returned := bytes.Contains(firmwareLog(vm.memory(int64(shape.Memory))), []byte("Returning from EFI Application"))
+		returned := slices.ContainsFunc(firmwareLogs(vm.memory(int64(shape.Memory))), func(log []byte) bool {
+			return bytes.Contains(log, []byte("Returning from EFI Application"))
+		})
 		vm.execute("cont", nil)
 		looked = time.Now()
 		return returned
@@ -334,26 +337,35 @@ func (c change) run(t *testing.T) {
 	if c.returns {
 		time.Sleep(20 * time.Second) // until the firmware has tried everything and waits
 	}
-	log := firmwareLog(vm.memory(int64(shape.Memory)))
-	x, text := h.explain(p, log, 1)
-	t.Log(text)
-	if len(x.Causes) == 0 || !strings.Contains(x.Causes[0].What, c.cause) {
-		t.Errorf("the first cause is not %q", c.cause)
-	}
-	// The log is not made up: it replays to what the TPM has.
-	document := vm.evidence(log, p.Manifest, p.CEL)
+	logs := firmwareLogs(vm.memory(int64(shape.Memory)))
+	document := vm.evidence(p.Manifest, p.CEL)
 	values := map[int][]byte{}
 	for _, pcr := range document.TPM.PCRs {
 		values[pcr.Index] = pcr.SHA256
 	}
-	parsed, err := measure.ParseLog("log", log)
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, i := range []int{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 14} {
-		if replay := parsed.Replay(measure.SHA256, i); !bytes.Equal(replay, values[i]) {
-			t.Errorf("PCR %d: the log replays to %x, the TPM has %x", i, replay, values[i])
+	// The log is not made up, and this is all of it: it replays to what the TPM has.
+	var log []byte
+	for n, copied := range logs {
+		var other []string
+		for _, i := range []int{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 14} {
+			if replay := replay(t, copied, i); !bytes.Equal(replay, values[i]) {
+				other = append(other, fmt.Sprintf("PCR %d: it replays to %x, the TPM has %x", i, replay, values[i]))
+			}
 		}
+		if len(other) == 0 {
+			log = copied
+		} else {
+			t.Logf("copy %d of the log, %d bytes: %s", n, len(copied), strings.Join(other, "; "))
+		}
+	}
+	if log == nil {
+		t.Fatal("no copy of the firmware's log in memory replays to what the TPM has")
+	}
+	document.TPM.Log = log
+	x, text := h.explain(p, log, 1)
+	t.Log(text)
+	if len(x.Causes) == 0 || !strings.Contains(x.Causes[0].What, c.cause) {
+		t.Errorf("the first cause is not %q", c.cause)
 	}
 	var differ []int
 	if !bytes.Equal(p.File.Shapes[0].PCR1, values[1]) {

@@ -24,6 +24,7 @@ import (
 	"chrysalis/attest/evidence"
 	"chrysalis/image/toolsroot"
 	"chrysalis/launcher/softtpm"
+	"chrysalis/measure"
 	"chrysalis/measure/cel"
 	"chrysalis/measure/record"
 )
@@ -59,8 +60,8 @@ func (vm *diskVM) memory(n int64) []byte {
 }
 
 // evidence ends QEMU and makes the evidence that a host could show of the VM,
-// whatever it has booted: signed by its TPM, over what is in it.
-func (vm *diskVM) evidence(log, manifest []byte, events []cel.Event) *evidence.Document {
+// whatever it has booted, but for the log: signed by its TPM, over what is in it.
+func (vm *diskVM) evidence(manifest []byte, events []cel.Event) *evidence.Document {
 	vm.t.Helper()
 	fatal := func(err error) {
 		if err != nil {
@@ -112,7 +113,7 @@ func (vm *diskVM) evidence(log, manifest []byte, events []cel.Event) *evidence.D
 	fatal(err)
 	certificate, err := tpm.NVRead(tpm.OwnerHandleContext(), index, area.Size, 0, nil)
 	fatal(err)
-	d.TPM = &evidence.TPM{Log: log, Certificates: []evidence.Bytes{certificate}}
+	d.TPM = &evidence.TPM{Certificates: []evidence.Bytes{certificate}}
 	d.TPM.AK, err = mu.MarshalToBytes(public)
 	fatal(err)
 	selection := tpm2.PCRSelectionList{{Hash: tpm2.HashAlgorithmSHA256, Select: evidence.QuotedPCRs}}
@@ -158,55 +159,66 @@ func judge(t *testing.T, d *evidence.Document, root *x509.Certificate, shape str
 	return attest.Verify(t.Context(), document, attest.Input{Policy: policy, Records: []*record.File{f}, Nonce: d.Nonces[0], TLSKey: d.TLSKey})
 }
 
-// firmwareLog finds the firmware's event log in a VM's memory: the longest of
-// what begins as one.
-func firmwareLog(memory []byte) []byte {
+// firmwareLogs finds the firmware's event log in a VM's memory, in each of its
+// copies. One of them has all: others were made before the last events, or lie in
+// memory that is used for something else by now, and then only their beginning may
+// be left, and lengths after it that are none.
+func firmwareLogs(memory []byte) (logs [][]byte) {
 	// A TCG_PCR_EVENT of PCR 0, EV_NO_ACTION, with a digest of zeros, before the
 	// specification's signature.
 	header := append(make([]byte, 4), 3, 0, 0, 0)
 	header = append(header, make([]byte, 20)...)
-	var best []byte
 	for at := 0; ; {
 		i := bytes.Index(memory[at:], []byte("Spec ID Event03\x00"))
 		if i < 0 {
-			return best
+			return logs
 		}
 		from := at + i - 32
 		at += i + 16
-		if from < 0 || !bytes.Equal(memory[from:from+28], header) {
-			continue
-		}
-		if log := wellFormed(memory[from:]); len(log) > len(best) {
-			best = log
+		if from >= 0 && bytes.Equal(memory[from:from+28], header) {
+			logs = append(logs, wellFormed(memory[from:]))
 		}
 	}
 }
 
+// replay is what a log's events of a PCR extend it to.
+func replay(t *testing.T, log []byte, pcr int) []byte {
+	t.Helper()
+	parsed, err := measure.ParseLog("log", log)
+	if err != nil {
+		t.Log(err)
+		return nil
+	}
+	return parsed.Replay(measure.SHA256, pcr)
+}
+
 // wellFormed cuts a log where its next record would not be one.
 func wellFormed(data []byte) []byte {
-	u32 := func(at int) int { return int(binary.LittleEndian.Uint32(data[at:])) }
-	at := 32 + u32(28)
-	for at+12 < len(data) {
-		end := at + 8
-		pcr, count := u32(at), u32(end)
-		end += 4
+	data = data[:min(len(data), measure.MaxLog)]
+	u32 := func(at int) int {
+		if at > len(data)-4 {
+			return len(data)
+		}
+		return int(binary.LittleEndian.Uint32(data[at:]))
+	}
+	end, next := 0, 32+u32(28)
+	for next <= len(data) {
+		end = next
+		pcr, count := u32(end), u32(end+8)
 		if pcr > 23 || count < 1 || count > 5 {
 			break
 		}
+		next += 12
 		for range count {
-			size, ok := map[uint16]int{4: 20, 11: 32, 12: 48, 13: 64}[binary.LittleEndian.Uint16(data[end:])]
+			size, ok := map[int]int{4: 20, 11: 32, 12: 48, 13: 64}[u32(next)&0xffff]
 			if !ok {
-				return data[:at]
+				return data[:end]
 			}
-			end += 2 + size
+			next += 2 + size
 		}
-		n := u32(end)
-		if n > 1<<20 || end+4+n > len(data) {
-			break
-		}
-		at = end + 4 + n
+		next += 4 + u32(next)
 	}
-	return data[:at]
+	return data[:end]
 }
 
 func disks(paths ...string) (binds []toolsroot.Bind) {
