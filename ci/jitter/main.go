@@ -10,13 +10,12 @@
 // finds that there is no order, this that it is another one than the test believes.
 //
 // Neither Go's sources nor this tree are changed: the go command is given other
-// texts for four files. Tests that measure time, or count writes by the ten
+// texts for three files, and three more. Tests that measure time, or count writes by the ten
 // thousand, fail without being wrong.
 package main
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
@@ -25,6 +24,8 @@ import (
 	"os/signal"
 	"path/filepath"
 	"strings"
+
+	"chrysalis/ci/overlay"
 )
 
 // A place is where a pause goes: a text that a file of the standard library holds
@@ -94,46 +95,26 @@ func run(ctx context.Context, longest, rarer uint, args []string) error {
 		return fmt.Errorf("ask go where its sources are: %w", err)
 	}
 	src := filepath.Join(strings.TrimSpace(string(root)), "src")
-	texts := map[string]string{}
+	texts := overlay.Files{}
 	for file, text := range added {
-		texts[file] = strings.NewReplacer("LONGEST", fmt.Sprint(longest), "RARER", fmt.Sprint(rarer)).Replace(text)
+		texts[filepath.Join(src, file)] = strings.NewReplacer("LONGEST", fmt.Sprint(longest), "RARER", fmt.Sprint(rarer)).Replace(text)
 	}
 	for _, p := range places {
-		if texts[p.file] == "" {
-			text, err := os.ReadFile(filepath.Join(src, p.file))
-			if err != nil {
-				return err
-			}
-			texts[p.file] = string(text)
+		if err := texts.Replace(filepath.Join(src, p.file), p.old, p.new); err != nil {
+			return err
 		}
-		if n := strings.Count(texts[p.file], p.old); n != 1 {
-			return fmt.Errorf("%s of this Go has the place for a pause %d times, expected once: tell this program where it is now", p.file, n)
-		}
-		texts[p.file] = strings.Replace(texts[p.file], p.old, p.new, 1)
 	}
 	dir, err := os.MkdirTemp("", "chrysalis-jitter-")
 	if err != nil {
 		return err
 	}
 	defer os.RemoveAll(dir)
-	replace := map[string]string{}
-	for file, text := range texts {
-		other := filepath.Join(dir, strings.ReplaceAll(file, "/", "_"))
-		if err := os.WriteFile(other, []byte(text), 0o644); err != nil {
-			return err
-		}
-		replace[filepath.Join(src, file)] = other
-	}
-	list, err := json.Marshal(map[string]any{"Replace": replace})
+	flag, err := texts.Flag(dir)
 	if err != nil {
 		return err
 	}
-	overlay := filepath.Join(dir, "overlay.json")
-	if err := os.WriteFile(overlay, list, 0o644); err != nil {
-		return err
-	}
 	// Not in the environment: what a test builds must have the hash that it has.
-	cmd := exec.CommandContext(ctx, "go", append([]string{"test", "-overlay", overlay, "-count=1"}, args...)...)
+	cmd := exec.CommandContext(ctx, "go", append([]string{"test", flag, "-count=1"}, args...)...)
 	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
 	cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) }
 	return cmd.Run()

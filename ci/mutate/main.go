@@ -9,9 +9,7 @@
 package main
 
 import (
-	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -21,6 +19,8 @@ import (
 	"regexp"
 	"strings"
 	"time"
+
+	"chrysalis/ci/overlay"
 )
 
 // A mutant is a defence that is taken out: a text, which a file must hold exactly
@@ -141,35 +141,27 @@ var failure = regexp.MustCompile(`(?m)^ *--- FAIL: (\S+) `)
 
 // try returns the test that failed without the defence.
 func (m mutant) try(ctx context.Context) (string, error) {
-	source, err := os.ReadFile(m.file)
+	path, err := filepath.Abs(m.file)
 	if err != nil {
 		return "", err
 	}
-	if n := bytes.Count(source, []byte(m.old)); n != 1 {
-		return "", fmt.Errorf("%s has it %d times, expected once: tell this program where it is now", m.file, n)
+	without := overlay.Files{}
+	if err := without.Replace(path, m.old, m.new); err != nil {
+		return "", err
 	}
 	dir, err := os.MkdirTemp("", "chrysalis-mutate-")
 	if err != nil {
 		return "", err
 	}
 	defer os.RemoveAll(dir)
-	other, overlay := filepath.Join(dir, "other.go"), filepath.Join(dir, "overlay.json")
-	path, err := filepath.Abs(m.file)
-	if err != nil {
-		return "", err
-	}
-	list, err := json.Marshal(map[string]any{"Replace": map[string]string{path: other}})
-	if err != nil {
-		return "", err
-	}
-	err = errors.Join(os.WriteFile(other, bytes.Replace(source, []byte(m.old), []byte(m.new), 1), 0o644), os.WriteFile(overlay, list, 0o644))
+	flag, err := without.Flag(dir)
 	if err != nil {
 		return "", err
 	}
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Minute)
 	defer cancel()
 	// In the environment, so that what a test builds is without the defence, too.
-	env := append(os.Environ(), strings.TrimSpace("GOFLAGS="+os.Getenv("GOFLAGS")+" -overlay="+overlay))
+	env := append(os.Environ(), strings.TrimSpace("GOFLAGS="+os.Getenv("GOFLAGS")+" "+flag))
 	run := func(args ...string) (string, error) {
 		cmd := exec.CommandContext(ctx, "go", args...)
 		cmd.Env = env
