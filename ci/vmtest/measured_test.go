@@ -159,11 +159,17 @@ func judge(t *testing.T, d *evidence.Document, root *x509.Certificate, shape str
 	return attest.Verify(t.Context(), document, attest.Input{Policy: policy, Records: []*record.File{f}, Nonce: d.Nonces[0], TLSKey: d.TLSKey})
 }
 
+// firmwareLog is a copy of a firmware's event log.
+type firmwareLog struct {
+	*measure.Log
+	data []byte
+}
+
 // firmwareLogs finds the firmware's event log in a VM's memory, in each of its
 // copies. One of them has all: others were made before the last events, or lie in
 // memory that is used for something else by now, and then only their beginning may
 // be left, and lengths after it that are none.
-func firmwareLogs(memory []byte) (logs [][]byte) {
+func firmwareLogs(memory []byte) (logs []firmwareLog) {
 	// A TCG_PCR_EVENT of PCR 0, EV_NO_ACTION, with a digest of zeros, before the
 	// specification's signature.
 	header := append(make([]byte, 4), 3, 0, 0, 0)
@@ -175,21 +181,14 @@ func firmwareLogs(memory []byte) (logs [][]byte) {
 		}
 		from := at + i - 32
 		at += i + 16
-		if from >= 0 && bytes.Equal(memory[from:from+28], header) {
-			logs = append(logs, wellFormed(memory[from:]))
+		if from < 0 || !bytes.Equal(memory[from:from+28], header) {
+			continue
+		}
+		data := wellFormed(memory[from:])
+		if log, err := measure.ParseLog("log", data); err == nil {
+			logs = append(logs, firmwareLog{log, data})
 		}
 	}
-}
-
-// replay is what a log's events of a PCR extend it to.
-func replay(t *testing.T, log []byte, pcr int) []byte {
-	t.Helper()
-	parsed, err := measure.ParseLog("log", log)
-	if err != nil {
-		t.Log(err)
-		return nil
-	}
-	return parsed.Replay(measure.SHA256, pcr)
 }
 
 // wellFormed cuts a log where its next record would not be one.
