@@ -94,18 +94,23 @@ func (s *supervisor) handover(w http.ResponseWriter, _ *http.Request) {
 }
 
 // takeOver gets the listening socket of the run that this one replaces. When
-// that run is gone meanwhile, the address is free and taken as usual.
+// that run is gone meanwhile, the address is free and taken as usual; while it is
+// ending, it neither answers nor frees the address for a moment.
 func (s *supervisor) takeOver() (*net.TCPListener, error) {
-	l, err := s.store.run(s.cfg.Name, s.cfg.Replaces).askForListener()
-	if err == nil {
-		return l, nil
+	for deadline := time.Now().Add(askPatience); ; time.Sleep(20 * time.Millisecond) {
+		l, err := s.store.run(s.cfg.Name, s.cfg.Replaces).askForListener()
+		if err == nil {
+			return l, nil
+		}
+		fresh, listenErr := net.Listen("tcp", s.cfg.Listen)
+		if listenErr == nil {
+			s.log.Printf("take over the listening socket: %v; its address was free", err)
+			return fresh.(*net.TCPListener), nil
+		}
+		if !errors.Is(listenErr, unix.EADDRINUSE) || time.Now().After(deadline) {
+			return nil, fmt.Errorf("take over %s from the replaced VM: %w", s.cfg.Listen, errors.Join(err, listenErr))
+		}
 	}
-	s.log.Printf("take over the listening socket: %v", err)
-	fresh, listenErr := net.Listen("tcp", s.cfg.Listen)
-	if listenErr != nil {
-		return nil, fmt.Errorf("take over %s from the replaced VM: %w", s.cfg.Listen, errors.Join(err, listenErr))
-	}
-	return fresh.(*net.TCPListener), nil
 }
 
 func (r run) askForListener() (*net.TCPListener, error) {

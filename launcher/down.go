@@ -64,7 +64,7 @@ func (r run) stop(ctx context.Context, req stopRequest) error {
 	}
 	limit, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
-	asked := r.askYoungToStop(limit, req)
+	asked := r.askUntilHeard(limit, req)
 	for asked == nil {
 		if alive, err := r.settle(); err != nil || !alive {
 			r.awaitExit()
@@ -78,6 +78,7 @@ func (r run) stop(ctx context.Context, req stopRequest) error {
 	}
 	// It does not answer or does not end. Its children die with it.
 	if alive, err := r.settle(); err != nil || !alive {
+		r.awaitExit()
 		return err
 	}
 	pid, err := r.holder()
@@ -96,17 +97,19 @@ func (r run) stop(ctx context.Context, req stopRequest) error {
 	return fmt.Errorf("the VM %q does not stop; its supervisor is process %d", r.name, pid)
 }
 
-// youngPatience is how long a run may have no control socket: `up` makes the run
-// and then its supervisor, which then makes the socket.
-const youngPatience = 5 * time.Second
+// askPatience is how long a run may have nobody who hears a request to stop. `up`
+// makes the run and then its supervisor, which then makes the control socket; and a
+// supervisor that is ending closes it, whoever is asking, and then writes down how
+// its VM ended. To be killed meanwhile would take that from it.
+const askPatience = 5 * time.Second
 
-// askYoungToStop is askToStop for a run whose supervisor may not listen yet, or
-// no longer.
-func (r run) askYoungToStop(ctx context.Context, req stopRequest) error {
-	deadline := time.Now().Add(youngPatience)
+// askUntilHeard is askToStop for a run whose supervisor may not listen yet, or no
+// longer.
+func (r run) askUntilHeard(ctx context.Context, req stopRequest) error {
+	deadline := time.Now().Add(askPatience)
 	for {
 		err := r.askToStop(ctx, req)
-		if !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.ECONNREFUSED) || time.Now().After(deadline) {
+		if err == nil || time.Now().After(deadline) {
 			return err
 		}
 		if alive, settleErr := r.settle(); settleErr != nil || !alive {

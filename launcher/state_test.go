@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -28,7 +30,7 @@ func testRun(t *testing.T, s store, name string, state Life) (run, *os.File) {
 	}
 	t.Cleanup(func() { lock.Close() })
 	if state != "" {
-		if err := r.writeState(State{Name: name, Run: r.id, Life: state, Supervisor: os.Getpid()}); err != nil {
+		if err := r.writeState(State{Name: name, Run: r.id, Life: state}); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -138,6 +140,107 @@ func TestDownWhileStarting(t *testing.T) {
 	}
 	if took := time.Since(start); took < 300*time.Millisecond {
 		t.Errorf("it came back after %v", took)
+	}
+}
+
+// A supervisor that is ending closes its socket whoever is asking, and has its lock
+// for a moment longer, in which it writes down how its VM ended. down waits for that.
+func TestDownWhileEnding(t *testing.T) {
+	for name, answer := range map[string]string{
+		"request broken off": "", "answer broken off": "HTTP/1.1 202 Acc", "no such request": "HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n",
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			r, lock := testRun(t, store{dir}, "vm", "")
+			supervisor := exec.Command("sleep", "60")
+			supervisor.ExtraFiles = []*os.File{lock}
+			if err := supervisor.Start(); err != nil {
+				t.Skipf("sleep(1) does not run: %v", err)
+			}
+			t.Cleanup(func() { supervisor.Process.Kill() })
+			if err := r.writeState(State{Name: "vm", Run: r.id, Life: LifeReady, Supervisor: supervisor.Process.Pid}); err != nil {
+				t.Fatal(err)
+			}
+			lock.Close()
+			l, err := net.Listen("unix", testSupervisor(t, r).short(controlSocket))
+			if err != nil {
+				t.Fatal(err)
+			}
+			go func() {
+				for range 2 {
+					conn, err := l.Accept()
+					if err != nil {
+						t.Error(err)
+						break
+					}
+					conn.Read(make([]byte, 1))
+					io.WriteString(conn, answer)
+					conn.Close()
+				}
+				l.Close()
+				time.Sleep(200 * time.Millisecond)
+				supervisor.Process.Signal(syscall.SIGTERM)
+			}()
+			down := make(chan error, 1)
+			go func() { down <- Down(t.Context(), "vm", DownOptions{StateDir: dir}) }()
+			supervisor.Wait()
+			if how := supervisor.ProcessState.Sys().(syscall.WaitStatus); how.Signal() != syscall.SIGTERM {
+				t.Errorf("it ended with %v", supervisor.ProcessState)
+			}
+			if err := <-down; err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
+
+// The supervisor of a VM that replaces one which is just ending waits until that one
+// frees the address, and says so when another program has it.
+func TestTakeOverFromEnding(t *testing.T) {
+	t.Parallel()
+	for name, frees := range map[string]bool{"freed": true, "taken by another program": false} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			st := store{t.TempDir()}
+			old, _ := testRun(t, st, "vm", LifeReady)
+			sock, err := net.Listen("unix", testSupervisor(t, old).short(controlSocket))
+			if err != nil {
+				t.Fatal(err)
+			}
+			l, err := net.Listen("tcp", "127.0.0.1:0")
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer l.Close()
+			go func() {
+				conn, err := sock.Accept()
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				conn.Close()
+				sock.Close()
+				if frees {
+					time.Sleep(200 * time.Millisecond)
+					l.Close()
+				}
+			}()
+			r, _ := testRun(t, st, "vm", LifeStarting)
+			s := testSupervisor(t, r)
+			s.cfg.Replaces, s.cfg.Listen = old.id, l.Addr().String()
+			got, err := s.takeOver()
+			if frees {
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer got.Close()
+				if got.Addr().String() != s.cfg.Listen {
+					t.Errorf("it listens on %v", got.Addr())
+				}
+			} else if err == nil || !strings.Contains(err.Error(), "address already in use") || !strings.Contains(err.Error(), s.cfg.Listen) {
+				t.Errorf("%v", err)
+			}
+		})
 	}
 }
 
@@ -274,6 +377,9 @@ func TestStatusOfRuns(t *testing.T) {
 func TestHolder(t *testing.T) {
 	s := store{t.TempDir()}
 	r, lock := testRun(t, s, "vm", LifeReady)
+	if err := r.writeState(State{Name: "vm", Run: r.id, Life: LifeReady, Supervisor: os.Getpid()}); err != nil {
+		t.Fatal(err)
+	}
 	if pid, err := r.holder(); err != nil || pid != os.Getpid() {
 		t.Errorf("%d, %v", pid, err)
 	}

@@ -30,7 +30,7 @@ func testSupervisor(t *testing.T, r run) *supervisor {
 	s := newSupervisor(log.New(t.Output(), "", 0))
 	s.run = r
 	s.store = store{filepath.Dir(filepath.Dir(filepath.Dir(filepath.Dir(r.dir))))}
-	s.state = State{Name: r.name, Run: r.id, Life: LifeStarting, Supervisor: os.Getpid()}
+	s.state = State{Name: r.name, Run: r.id, Life: LifeStarting}
 	s.cfg = config{Name: r.name, Run: r.id, ImageSHA256: "image", Disks: []string{"a", "b", "c"}}
 	fd, err := unix.Open(r.dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
