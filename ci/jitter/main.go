@@ -1,8 +1,9 @@
-// Command jitter runs tests with a Go standard library that pauses at random, now
-// and then, just after something can be seen that more is to follow: after a write
-// to a file, a socket or a pipe, after a mutex is unlocked, after a channel is sent
-// to or closed. A test that takes the first for the second passes by luck, and
-// fails here.
+// Command jitter runs tests in a Go that pauses at random, now and then, between what
+// follows each other: in the standard library just after something can be seen that
+// more is to follow, which is a write to a file, a socket or a pipe, a mutex that is
+// unlocked, a channel that is sent to or closed; and in this tree before any
+// statement. A test that takes the first for the second passes by luck, and fails
+// here, in one run of many where two pauses must meet.
 //
 //	jitter [-longest MS] [-rarer N] [-- GO TEST ARGUMENT...]
 //
@@ -10,8 +11,8 @@
 // finds that there is no order, this that it is another one than the test believes.
 //
 // Neither Go's sources nor this tree are changed: the go command is given other
-// texts for three files, and three more. Tests that measure time, or count writes by the ten
-// thousand, fail without being wrong.
+// texts. Tests that measure time, or count writes by the ten thousand, fail without
+// being wrong.
 package main
 
 import (
@@ -40,6 +41,8 @@ var places = []place{
 	{"runtime/chan.go",
 		"\tchansend(c, elem, true, sys.GetCallerPC())\n}\n", "\tchansend(c, elem, true, sys.GetCallerPC())\n\tjitter(300)\n}\n"},
 	{"runtime/chan.go",
+		"\treturn chansend(c, elem, false, sys.GetCallerPC())\n}\n", "\tselected = chansend(c, elem, false, sys.GetCallerPC())\n\tif selected {\n\t\tjitter(20)\n\t}\n\treturn\n}\n"},
+	{"runtime/chan.go",
 		"func closechan(c *hchan) {\n", "func closechan(c *hchan) {\n\tclosechan1(c)\n\tjitter(20)\n}\n\nfunc closechan1(c *hchan) {\n"},
 }
 
@@ -57,6 +60,15 @@ func jitter(per uint32) {
 		return
 	}
 	timeSleep(int64(cheaprandn(LONGEST)+1) * 1000000)
+}
+
+// Jitter comes before a statement, and counts how often. The more often, the rarer
+// the pauses: those that run once are what is looked for, and loops stay fast.
+func Jitter(n *uint32) {
+	if *n < 1<<30 {
+		*n++
+	}
+	jitter(30 + *n)
 }
 
 //go:linkname jitterPoll internal/poll.jitter
@@ -103,6 +115,9 @@ func run(ctx context.Context, longest, rarer uint, args []string) error {
 		if err := texts.Replace(filepath.Join(src, p.file), p.old, p.new); err != nil {
 			return err
 		}
+	}
+	if err := statements(ctx, texts); err != nil {
+		return err
 	}
 	dir, err := os.MkdirTemp("", "chrysalis-jitter-")
 	if err != nil {
