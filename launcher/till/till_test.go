@@ -21,6 +21,7 @@ import (
 
 	"github.com/xssnick/tonutils-go/tlb"
 	"github.com/xssnick/tonutils-go/tvm/cell"
+	"golang.org/x/sys/unix"
 
 	"chrysalis/channel"
 	"chrysalis/channel/store"
@@ -1073,13 +1074,16 @@ func TestFullDisk(t *testing.T) {
 	till.mu.Lock()
 	till.store.Close()
 	till.mu.Unlock()
-	blocker := dir + "/till"
-	if err := os.Rename(blocker, dir+"/aside"); err != nil {
-		t.Fatal(err)
-	}
+	blocker := dir + "/aside"
 	if err := os.WriteFile(blocker, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
+	swap := func() { // at once, or it makes a new store in between
+		if err := unix.Renameat2(unix.AT_FDCWD, o.Dir, unix.AT_FDCWD, blocker, unix.RENAME_EXCHANGE); err != nil {
+			t.Fatal(err)
+		}
+	}
+	swap()
 	if v.pay(n, n.voucher(id, 20*step), 300*time.Millisecond) {
 		t.Error("a voucher counts that is nowhere on disk")
 	}
@@ -1087,9 +1091,7 @@ func TestFullDisk(t *testing.T) {
 	if err := v.use(n, id, 1_000_000); err != nil {
 		t.Error("what was paid before does not count any more")
 	}
-	if err := errors.Join(os.Remove(blocker), os.Rename(dir+"/aside", blocker)); err != nil {
-		t.Fatal(err)
-	}
+	swap()
 	s, _ := v.session(n, id, 0)
 	eventually(t, "it counts", func() bool { return v.book.Covers(s, 20*step) })
 	eventually(t, "it is earned", func() bool { return till.State().Earned == 1_000_000 })
