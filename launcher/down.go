@@ -97,10 +97,10 @@ func (r run) stop(ctx context.Context, req stopRequest) error {
 	return fmt.Errorf("the VM %q does not stop; its supervisor is process %d", r.name, pid)
 }
 
-// askPatience is how long a run may have nobody who hears a request to stop. `up`
+// askPatience is how long a run may have nobody who hears what it is asked. `up`
 // makes the run and then its supervisor, which then makes the control socket; and a
-// supervisor that is ending closes it, whoever is asking, and then writes down how
-// its VM ended. To be killed meanwhile would take that from it.
+// supervisor that is ending closes it, whoever is asking, then frees its address, and
+// writes down how its VM ended. To be killed meanwhile would take that from it.
 const askPatience = 5 * time.Second
 
 // askUntilHeard is askToStop for a run whose supervisor may not listen yet, or no

@@ -37,6 +37,19 @@ func testRun(t *testing.T, s store, name string, state Life) (run, *os.File) {
 	return r, lock
 }
 
+// give starts another process, which has the lock from now on.
+func give(t *testing.T, lock *os.File) *exec.Cmd {
+	t.Helper()
+	holder := exec.Command("sleep", "60")
+	holder.ExtraFiles = []*os.File{lock}
+	if err := holder.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { holder.Process.Kill() })
+	lock.Close()
+	return holder
+}
+
 func TestCheckName(t *testing.T) {
 	for name, ok := range map[string]bool{
 		"default": true, "a": true, "vm-2": true, "0": true, strings.Repeat("a", 32): true,
@@ -152,16 +165,10 @@ func TestDownWhileEnding(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			dir := t.TempDir()
 			r, lock := testRun(t, store{dir}, "vm", "")
-			supervisor := exec.Command("sleep", "60")
-			supervisor.ExtraFiles = []*os.File{lock}
-			if err := supervisor.Start(); err != nil {
-				t.Skipf("sleep(1) does not run: %v", err)
-			}
-			t.Cleanup(func() { supervisor.Process.Kill() })
+			supervisor := give(t, lock)
 			if err := r.writeState(State{Name: "vm", Run: r.id, Life: LifeReady, Supervisor: supervisor.Process.Pid}); err != nil {
 				t.Fatal(err)
 			}
-			lock.Close()
 			l, err := net.Listen("unix", testSupervisor(t, r).short(controlSocket))
 			if err != nil {
 				t.Fatal(err)
@@ -248,12 +255,7 @@ func TestTakeOverFromEnding(t *testing.T) {
 func TestLockOfKilledProcess(t *testing.T) {
 	s := store{t.TempDir()}
 	r, lock := testRun(t, s, "vm", LifeReady)
-	holder := exec.Command("sleep", "60")
-	holder.ExtraFiles = []*os.File{lock}
-	if err := holder.Start(); err != nil {
-		t.Skipf("sleep(1) does not run: %v", err)
-	}
-	lock.Close()
+	holder := give(t, lock)
 	if alive, err := r.settle(); !alive || err != nil {
 		t.Errorf("while the other process lives: %v, %v", alive, err)
 	}

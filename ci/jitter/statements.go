@@ -2,8 +2,6 @@ package main
 
 import (
 	"context"
-	"encoding/json"
-	"errors"
 	"fmt"
 	"go/ast"
 	"go/parser"
@@ -22,39 +20,34 @@ import (
 // statements gives texts in which this tree's own code may pause before each of its
 // statements. Lines stay where they are.
 func statements(ctx context.Context, texts overlay.Files) error {
-	list := exec.CommandContext(ctx, "go", "list", "-json=Dir,GoFiles,CgoFiles,TestGoFiles,XTestGoFiles", "./...")
+	var format string
+	for _, kind := range []string{"GoFiles", "CgoFiles", "TestGoFiles", "XTestGoFiles"} {
+		format += "{{range ." + kind + "}}{{$.Dir}}/{{.}}\n{{end}}"
+	}
+	list := exec.CommandContext(ctx, "go", "list", "-f", format, "./...")
 	list.Stderr = os.Stderr
 	out, err := list.Output()
 	if err != nil {
-		return fmt.Errorf("list the packages: %w", err)
+		return fmt.Errorf("list this tree's files: %w", err)
 	}
-	for in := json.NewDecoder(strings.NewReader(string(out))); ; {
-		var p struct {
-			Dir                                          string
-			GoFiles, CgoFiles, TestGoFiles, XTestGoFiles []string
+	for line := range strings.Lines(string(out)) {
+		path := strings.TrimSpace(line)
+		if path == "" {
+			continue // go list ends each package's with a line
 		}
-		err := in.Decode(&p)
-		if errors.Is(err, io.EOF) {
-			return nil
-		}
+		data, err := os.ReadFile(path)
 		if err != nil {
-			return fmt.Errorf("list the packages: %w", err)
+			return err
 		}
-		for _, name := range slices.Concat(p.GoFiles, p.CgoFiles, p.TestGoFiles, p.XTestGoFiles) {
-			path := filepath.Join(p.Dir, name)
-			data, err := os.ReadFile(path)
-			if err != nil {
-				return err
-			}
-			text, err := instrument(path, data)
-			if err != nil {
-				return err
-			}
-			if text != "" {
-				texts[path] = text
-			}
+		text, err := instrument(path, data)
+		if err != nil {
+			return err
+		}
+		if text != "" {
+			texts[path] = text
 		}
 	}
+	return nil
 }
 
 // instrument returns the text of a Go file with a call before each statement, or
